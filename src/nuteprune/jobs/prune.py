@@ -172,7 +172,7 @@ def run(
         made = make_run(job, config, bars)
         print_plan(job, made, output)
         if job.dry_run:
-            from nuteprune.jobs.dry_run import print_dry_run
+            from nuteprune.jobs.planned import print_dry_run
 
             plan = print_dry_run(job, made, output)
             return Result({}, plan) if is_main() else None

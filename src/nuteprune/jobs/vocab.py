@@ -18,13 +18,12 @@ from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import write_pruned
 from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
-from nuteprune.jobs.fewer_tokens import Cutter, Smaller
+from nuteprune.jobs.fewer_tokens import Cutter, Smaller, VocabText, costs, read_text
 from nuteprune.jobs.folder import clear
 from nuteprune.jobs.guard import alone, check_out
 from nuteprune.jobs.job import Job, VocabJob, tokens_asked
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
-from nuteprune.jobs.vocab_text import VocabText, costs, read_text
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run_folder import VOCAB

@@ -27,12 +27,12 @@ from nuteprune.plan.need import (
     PARTS_OF_LAYERS,
     SHORT,
     Need,
+    Sizes,
     extended,
     in_batches,
     of_all_widths,
     shortened,
 )
-from nuteprune.plan.sizes import Sizes
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.train.asked import SETTINGS
@@ -189,22 +189,15 @@ class Plan:
         return 0 if self.stored == self.dtype else self.sizes.weights
 
     @property
-    def _kinds(self) -> tuple[str, ...]:
-        return self.allocator.constraints.kinds
-
-    @property
     def refitted(self) -> int:
         """Bytes of refitted weights beside the base's own, at most; CPUs map them."""
         return self.sizes.refitted if self.args.refit and self.stored is None else 0
 
     @property
-    def _tries_cuts(self) -> bool:
-        return self.args.tried and not self.packed and set(self._kinds) <= set(INPUTS)
-
-    @property
     def stops(self) -> int:
         """How many times the remaining units are scored again."""
-        again = METHODS[self.args.method].reads > 0 and self._tries_cuts
+        can_try_cuts = not self.packed and set(self.allocator.constraints.kinds) <= INPUTS.keys()
+        again = METHODS[self.args.method].reads > 0 and self.args.tried and can_try_cuts
         return len(stops_before(self.targets[-1])) if again else 0
 
     @property
@@ -215,11 +208,6 @@ class Plan:
     @cached_property
     def _judged(self) -> Need:
         return self.walked(Walk.judge)
-
-    @property
-    def _block(self) -> float:
-        """Work of the dense model on a block."""
-        return self._judged.flops / JUDGED
 
     def _write(self) -> list[Phase]:
         read = (self.args.blocks, self.args.calibrated_blocks)
@@ -234,7 +222,8 @@ class Plan:
         cached = sizes.cached * short / self.length * together / sizes.together
         reading = math.ceil(texts / together) * short * (sizes.read + cached / 2)
         held = self._weights + sizes.adapters + sizes.cached
-        return [Phase("write", Need((held,), self._block * blocks), FORMULA, read=reading)]
+        work = self._judged.flops / JUDGED * blocks
+        return [Phase("write", Need((held,), work), FORMULA, read=reading)]
 
     def judge(self) -> Phase:
         """Return the phase of judging."""
