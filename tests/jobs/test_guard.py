@@ -13,7 +13,6 @@ from nuteprune.jobs.folder import clear_result
 from nuteprune.jobs.guard import alone, check_file, check_out, check_writable, nothing_left
 from nuteprune.jobs.job import Job, PruneJob, VocabJob
 from nuteprune.jobs.settings import make_job
-from nuteprune.train.config import NutePruneConfig
 
 
 def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
@@ -49,7 +48,7 @@ def test_a_folder_with_a_file_of_settings_is_not_overwritten(setting: str, tmp_p
     given: dict[str, object] = {"model": "demo", "out": out, "overwrite": True}
     config = str(file) if setting == "config" else None
     given |= {} if config else {setting: str(file)}
-    job = make_job(PruneJob, NutePruneConfig, given, config)
+    job = make_job(PruneJob, given, config)
     with pytest.raises(UserError, match=rf"holds the settings {file}; name another folder"):
         check_out(job)
 

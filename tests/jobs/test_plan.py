@@ -107,7 +107,7 @@ def written(folder: Path, values: dict[str, Any]) -> Path:
 
 def job(model: Path, **given: Any) -> PruneJob:
     asked = {"model": str(model), "out": Path("unused"), "target_sparsity": 0.2, **given}
-    return make_job(PruneJob, NutePruneConfig, asked)
+    return make_job(PruneJob, asked)
 
 
 ROWS = [{"neurons": 160}] * 4 + [{"kv_heads": 1}]

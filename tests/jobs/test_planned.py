@@ -48,7 +48,7 @@ def found(
     """Do a dry run of a model that writes nothing."""
     given = {"target_sparsity": sparsity, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
     asked = {"model": "unused", "out": folder, "shares": [1.0], **given, **more}
-    job = make_job(PruneJob, NutePruneConfig, asked)
+    job = make_job(PruneJob, asked)
     args = trainer_config(dataclasses.replace(job, device="cpu"), folder)
     prepared = prepare(model, args)
     text = SimpleNamespace(

@@ -43,7 +43,7 @@ def demo(
     """
     folder = DEMOS if given["overwrite"] else demo_folder(given["resume"])
     asked = {"model": DEMO, "out": folder if out is None else out, **given}
-    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    job = make_job(PruneJob, asked, config, assignments or ())
     check_free(job)
     from nuteprune.jobs.demo import finished
 
@@ -83,7 +83,7 @@ def plan(
     if devices > 1 and device_memory is None:
         raise UserError(f"--devices {devices}: say what memory each has with --device-memory")
     asked = {"model": model, "out": Path("unused"), **given}
-    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    job = make_job(PruneJob, asked, config, assignments or ())
     memory = None
     if device_memory is not None:
         memory = value_of("memory", device_memory, "--device-memory")
@@ -103,7 +103,7 @@ def prune(
     --dry-run says first which shapes can be had, and what time and memory the run would take.
     """
     asked = {"model": model, "out": out, **given}
-    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    job = make_job(PruneJob, asked, config, assignments or ())
     check_target(job)
     check_free(job)
     from nuteprune.jobs.prune import finished
@@ -146,7 +146,7 @@ def recover(model: o.Model, out: o.Out, **given: Any) -> o.Work:
     LoRA on all projections is trained and merged. The result is a checkpoint of the same shape and
     dtype, with its record kept.
     """
-    job = make_job(RecoverJob, None, {"model": model, "out": out, **given})
+    job = make_job(RecoverJob, {"model": model, "out": out, **given})
     check_free(job)
     from nuteprune.jobs.recover import finished
 
@@ -246,7 +246,7 @@ def vocab(
     The 256 bytes are among them, so any text can still be spelled. Embedding and head are cut to
     these rows. The result is a stock checkpoint of the same class.
     """
-    job = make_job(VocabJob, None, {"model": model, "out": out, **given})
+    job = make_job(VocabJob, {"model": model, "out": out, **given})
     check_free(job)
     from nuteprune.jobs.vocab import run
 

@@ -23,7 +23,6 @@ from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.run_settings import check_same
 from nuteprune.train.targets import check_reached
 
@@ -89,7 +88,7 @@ def prune(
         RunFailed: if training breaks down or a target is missed.
     """
     given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
-    job = make_job(PruneJob, PruneSettings, {**given, **settings}, config)
+    job = make_job(PruneJob, {**given, **settings}, config)
     with quiet_loading():
         return finished(job, Output(quiet=quiet))
 

@@ -61,7 +61,6 @@ FILES = ("shape", "family", "costs", "own_text")
 
 def make_job(
     kind: type[J],
-    trainer: type | None,
     given: Mapping[str, Any],
     config: str | os.PathLike[str] | None = None,
     assignments: Iterable[str] = (),
@@ -70,7 +69,6 @@ def make_job(
 
     Args:
         kind: the dataclass of the job.
-        trainer: `PruneSettings`, where its trainer's settings are to go into `settings`; else None.
         given: options or keywords by the word that users have for them, or by full name; None
             where not given.
         config: YAML file with settings.
@@ -85,8 +83,9 @@ def make_job(
     told = {} if file is None else read_mapping(file, "--config")
     assigned = read_assignments(assignments)
     now = {key: value for key, value in given.items() if value is not None}
-    # Masks that move have settings of their own.
+    trainer: type | None = PruneSettings if issubclass(kind, PruneJob) else None
     if trainer is not None and {**told, **assigned, **now}.get("progressive") is True:
+        # Masks that move have settings of their own.
         trainer = import_module("nuteprune.progressive.settings").ProgressiveSettings
     kinds = [kind, *([trainer] if trainer else [])]
     settings = winning(check(now, kinds), read_given(told, assigned, kinds))

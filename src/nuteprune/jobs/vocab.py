@@ -60,7 +60,7 @@ def vocab(
     """
     if foreign := [x for x in VocabJob.NOT_HERE if settings.get(x) is not None]:
         raise UserError(f"setting {foreign[0]} has no use in vocab: leave it out")
-    job = make_job(VocabJob, None, {"model": model, "out": out, "data": data, **settings})
+    job = make_job(VocabJob, {"model": model, "out": out, "data": data, **settings})
     with quiet_loading():
         return run(job, keep, Output(quiet=quiet))
 
