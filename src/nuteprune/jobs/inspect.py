@@ -111,32 +111,28 @@ def parts_of(
     params: Mapping[str, int],
     rows: tuple[int, int],
 ) -> dict[str, tuple[int, int]]:
-    """Return the parameters of each part: before (by its dimensions), after (in the files).
+    """Return the parameters of each part before and after.
 
     Args:
         source: the pruned model.
         before: dimensions of the dense one.
         tensors: what the files hold, name -> shape.
-        params: the record's counts of the dense model.
+        params: the record's counts.
         rows: rows of the embedding before and after, if some were removed.
     """
     family, after = source.family, source.shape
     inner = inner_of(family, tensors)
     budget = Budget(family, before, source.head_dim, source.biases, inner=inner)
-    forms = map(budget.attention, before.layers)
-    old = {"attention": sum(c * before.hidden + constant for c, constant in forms)}
-    # By subtraction: where all MLPs are gone, no file tells whether they had biases.
-    old["MLP"] = params["blocks_before"] - old["attention"]
-    prefix = f"{family.layers}."
-    attention = tuple(f".{p.path}." for p in (*family.attention, *family.mixer))
-    paths = {"attention": attention, "MLP": tuple(x for x in family.files if x not in attention)}
-    new = {
-        name: _count(
-            tensors, (n for n in tensors if n.startswith(prefix) and any(x in n for x in inside))
-        )
-        for name, inside in paths.items()
-    }
-    outside = [n for n in tensors if not n.startswith((prefix, f"{family.final_norm}."))]
+
+    def blocks(shape: Shape, all_blocks: int) -> dict[str, int]:
+        forms = map(budget.attention, shape.layers)
+        attention = sum(c * shape.hidden + constant for c, constant in forms)
+        # By subtraction: where all MLPs are gone, no file tells whether they had biases.
+        return {"attention": attention, "MLP": all_blocks - attention}
+
+    old, new = blocks(before, params["blocks_before"]), blocks(after, params["blocks_after"])
+    inside = (f"{family.layers}.", f"{family.final_norm}.")
+    outside = [n for n in tensors if not n.startswith(inside)]
     new["embedding and head"] = _count(tensors, outside)
     base = f"{family.layers.partition('.')[0]}."  # outside of it is the head
     places = [n for n in outside if n.startswith(base) and not n.startswith(f"{family.embedding}.")]

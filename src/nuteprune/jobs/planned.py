@@ -121,7 +121,6 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
         args,
         job.length,
         origin.computed_dtype,
-        kind=type(model),
         judged=sum(len(x) for x in run.held_out.values()),
         stored=origin.stored_dtype if whole else None,
         own=share_to_write(job),

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from nuteprune.data.blocks import JUDGED
 from nuteprune.data.mixture import GUARD, tokens_to_write
@@ -86,7 +86,6 @@ class Plan:
         of_a_token: `active_before` and `active_after` at each target; empty where there are no
             experts.
         written: dtype of the files of a checkpoint.
-        kind: the model's class; None: the stock one of the config.
         judged: blocks of held-out text; None: not known, and one batch is gone through.
         stored: dtype of the checkpoint, if the run is on a CPU. Peaks then leave out mapped
             files: weights are mapped, unless the run computes in another dtype. None: a
@@ -104,7 +103,6 @@ class Plan:
     targets: tuple[float, ...]
     of_a_token: tuple[dict[str, int], ...]
     written: torch.dtype
-    kind: type[PreTrainedModel] | None = None
     judged: int | None = None
     stored: torch.dtype | None = None
     own: float = GUARD
@@ -127,7 +125,7 @@ class Plan:
         written = more.get("stored") or getattr(config, "dtype", None)
         written = written if isinstance(written, torch.dtype) else dtype
         with torch.device("meta"):
-            anatomy = Anatomy(model_of(config, dtype, more.get("kind")))
+            anatomy = Anatomy(model_of(config, dtype))
         allocator = make_allocator(anatomy, args)
         sizes = Sizes.of(anatomy, args, length, allocator.constraints.kinds)
         prices = Prices.of(anatomy, written, args)
@@ -148,8 +146,9 @@ class Plan:
         """Run a stage without data."""
 
         def run(config: PreTrainedConfig) -> Need:
-            how: dict[str, Any] = {"kind": self.kind, "stored": self.stored, "masks": masks}
-            return stage(Walk(config, self._by_share(config), self.length, self.dtype, **how))
+            args = self._by_share(config)
+            walk = Walk(config, args, self.length, self.dtype, stored=self.stored, masks=masks)
+            return stage(walk)
 
         if masks is not None:
             return run(shortened(self.config, len(masks.layout.shape.layers)))
@@ -167,7 +166,7 @@ class Plan:
         if asked in ("speedup", "shape"):  # which may bring kinds of their own
             args.gates = ",".join(self.allocator.constraints.kinds)
         with torch.device("meta"):
-            anatomy = Anatomy(model_of(config, self.dtype, self.kind))
+            anatomy = Anatomy(model_of(config, self.dtype))
         args.target_sparsity = 0.0
         most = make_allocator(anatomy, args).maximum()
         if most < min(self.targets):  # as where the first layer has to keep its attention
