@@ -69,7 +69,7 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     html = Path(written["report"]).read_text()
     command, recipe = map(unescape, re.findall(r"<code>(nuteprune.*?|data:.*?)</code>", html, re.S))
     first = json.loads(Path("out/nuteprune.json").read_text())
-    copied = command.replace("nuteprune", f"{shlex.quote(sys.executable)} -m nuteprune.cli.app", 1)
+    copied = command.replace("nuteprune", f"{shlex.quote(sys.executable)} -m nuteprune.cli", 1)
     again = copied.replace("--out out", "--out again")
     done = subprocess.run(
         ["sh", "-c", again],

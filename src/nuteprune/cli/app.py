@@ -141,7 +141,3 @@ def quiet_libraries() -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-
-
-if __name__ == "__main__":
-    main()

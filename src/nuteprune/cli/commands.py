@@ -41,7 +41,7 @@ def demo(
     Without --out the result is in ./nuteprune-demo, or -2, -3, ... where that is taken;
     with --overwrite always in ./nuteprune-demo.
     """
-    folder = DEMOS if given["overwrite"] else demo_folder(given["resume"])
+    folder = DEMOS if "overwrite" in given else demo_folder("resume" in given)
     asked = {"model": DEMO, "out": folder if out is None else out, **given}
     job = make_job(PruneJob, asked, config, assignments or ())
     check_free(job)
@@ -120,7 +120,7 @@ def evaluate(model: o.Model, **given: Any) -> o.Work:
     --fewshot says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without
     --data, --protocol and --tasks the text is the held-out part of the demo's.
     """
-    asked = Evaluation(model, **o.given(given))
+    asked = Evaluation(model, **given)
     from nuteprune.jobs.evaluate import run
 
     return partial(run, asked)
@@ -133,7 +133,7 @@ def bench(model: o.Model, **given: Any) -> o.Work:
     Prompts are random tokens. Each model has a process of its own; with --against they take turns,
     so that other work of the machine slows both alike.
     """
-    asked = Benchmark(model, **o.given(given))
+    asked = Benchmark(model, **given)
     from nuteprune.jobs.bench import run
 
     return partial(run, asked)
@@ -161,7 +161,7 @@ def export(
     **given: Any,
 ) -> o.Work:
     """Write MODEL, pruned or not, in another program's format."""
-    asked = Exporting(model, to, at_home(out), **o.given(given))
+    asked = Exporting(model, to, at_home(out), **given)
     reads = [("model", model), ("entry", asked.family)]
     beside = data_files(asked.out) if to == "onnx" else ()
     check_file("--out", asked.out, reads, asked.overwrite, f"model.{to}", beside)
@@ -264,7 +264,7 @@ def write(
 
     After a stop, the same command goes on with the written part.
     """
-    asked = Writing(model, tokens, out, **o.given(given))
+    asked = Writing(model, tokens, out, **given)
     from nuteprune.jobs.write import run
 
     return partial(run, asked)

@@ -39,11 +39,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help=REPLACE)]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def command(
     *kinds: type, but: Collection[str] = (), defaults: bool = False
 ) -> Callable[[Callable[..., Work]], Callable[..., None]]:
@@ -55,13 +50,13 @@ def command(
         defaults: whether help shows the defaults that its text does not tell.
 
     Returns:
-        A decorator for a function that takes `**given`: word -> value, None where not given.
+        A decorator for a function that takes `**given`: word -> value of each that is given.
     """
 
     def decorate(function: Callable[..., Work]) -> Callable[..., None]:
         @functools.wraps(function)
         def made(as_json: bool, **options: Any) -> None:
-            work = function(**options)
+            work = function(**{name: x for name, x in options.items() if x is not None})
             from nuteprune.console import Output  # rich takes its time
 
             output = Output(as_json)
