@@ -42,7 +42,7 @@ from nuteprune.data.specs import DEMO
 from nuteprune.files import file_sum
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.method_names import METHOD
-from nuteprune.jobs.settings import read_given
+from nuteprune.jobs.settings import read_assignments, read_given
 from nuteprune.jobs.sources import pick_device
 from nuteprune.train.config import NutePruneConfig
 
@@ -236,7 +236,7 @@ def adapted(plan: Plan, options: argparse.Namespace) -> Plan:
 
 def setting_of(options: argparse.Namespace) -> Setting:
     """Return what all cells of the table that is asked for share."""
-    settings = read_given(None, options.set, [NutePruneConfig])
+    settings = read_given({}, read_assignments(options.set), [NutePruneConfig])
     data = options.data or [DEMO]
     try:
         shares = [float(x) for x in options.shares.split(",")] if options.shares else None

@@ -34,7 +34,7 @@ from nuteprune.export.loading import unfilled
 from nuteprune.files import file_sum
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal, Seconds, seconds_of
-from nuteprune.jobs.settings import read_given
+from nuteprune.jobs.settings import read_assignments, read_given
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import Transformers, conditions, measure
 from nuteprune.judge import bench as speed
@@ -82,7 +82,7 @@ def parser_of() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return the results, from what earlier calls have left where it is there."""
     torch.set_num_threads(args.threads)
-    settings = read_given(None, args.set, [NutePruneConfig])
+    settings = read_given({}, read_assignments(args.set), [NutePruneConfig])
     files = files_of(args.other_text) if args.other_text else []
     setting = Setting(
         args.model,

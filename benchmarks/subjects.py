@@ -22,7 +22,6 @@ from zipfile import ZipFile
 from nuteprune.data.demo import (
     Asset,
     Progress,
-    cache_folder,
     convert_gguf,
     fetch,
     made_once,
@@ -30,7 +29,7 @@ from nuteprune.data.demo import (
     settled,
 )
 from nuteprune.errors import UserError
-from nuteprune.files import file_sum
+from nuteprune.files import cache_folder, file_sum
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.files import atomic, sync
+from nuteprune.files import atomic, cache_folder, sync
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,10 @@ def test_what_goes_wrong_is_told_by_the_files_own_name(name: str, tmp_path: Path
         pass  # nothing was written
     assert told.value.filename == str(path)
     assert ".partial" not in str(told.value)
+
+
+def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NUTEPRUNE_CACHE", raising=False)
+    assert "nuteprune" in cache_folder().parts
+    monkeypatch.setenv("NUTEPRUNE_CACHE", "here")
+    assert cache_folder() == Path.cwd() / "here"

@@ -1,6 +1,6 @@
 """Plans whose stages nobody goes through: that is a second of work for each, and more.
 
-tests/jobs/test_plan.py and tests/jobs/test_dry_run.py go through them.
+tests/jobs/test_plan.py and tests/jobs/test_planned.py go through them.
 """
 
 from __future__ import annotations

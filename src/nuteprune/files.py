@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import RunFailed, UserError, in_one_line
@@ -240,6 +241,12 @@ def damage(folder: Path, read: Callable[[str], bool] = lambda name: True) -> str
 def at_home(path: str | Path) -> Path:
     """Return a path with a leading `~` as the home folder; as it is where there is no such user."""
     return Path(os.path.expanduser(path))  # unlike Path.expanduser, which raises
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloads: `NUTEPRUNE_CACHE`, or the system's place for caches."""
+    chosen = os.environ.get("NUTEPRUNE_CACHE")
+    return at_home(chosen).absolute() if chosen else user_cache_path("nuteprune")
 
 
 def check_name(name: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nuteprune.data.demo import Asset, cache_folder
+from nuteprune.data.demo import Asset
 from nuteprune.errors import UserError
+from nuteprune.files import cache_folder
 from tests.scripts import script
 from tests.wheels import checksum, make_wheel, only_index, write_gguf
 

@@ -21,7 +21,6 @@ from nuteprune.run_folder import RUN, SELF_WRITTEN
 def asked(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Calls the command; returns the job that it would do."""
     jobs: list[PruneJob] = []
-    monkeypatch.setattr("nuteprune.jobs.demo.fetch", lambda *_: None)
     monkeypatch.setattr(
         "nuteprune.jobs.demo.finished", lambda job, _: jobs.append(with_defaults(job))
     )

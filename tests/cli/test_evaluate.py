@@ -54,7 +54,7 @@ def test_each_embedded_text_is_in_domain_by_itself(
 ) -> None:
     texts = {name: [f"The {name} see the grapes. " * 9] * 9 for name in ("wikipedia", "recipes")}
     monkeypatch.setattr(
-        "nuteprune.data.specs.assets.documents",
+        "nuteprune.data.demo.documents",
         lambda domains: {name: texts[name] for name in texts if name in domains},
     )
     asked = Evaluation("unused", length=24, whole=True)

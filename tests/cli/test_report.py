@@ -16,7 +16,7 @@ import pytest
 from nuteprune.console import Output
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.settings import read_given
+from nuteprune.jobs.settings import read_given, read_mapping
 from nuteprune.jobs.show import print_report
 from nuteprune.train.config import NutePruneConfig
 from tests.conftest import Run, json_line
@@ -69,7 +69,7 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     html = Path(written["report"]).read_text()
     command, recipe = map(unescape, re.findall(r"<code>(nuteprune.*?|data:.*?)</code>", html, re.S))
     first = json.loads(Path("out/nuteprune.json").read_text())
-    copied = command.replace("nuteprune", f"{shlex.quote(sys.executable)} -m nuteprune.cli.app", 1)
+    copied = command.replace("nuteprune", f"{shlex.quote(sys.executable)} -m nuteprune.cli", 1)
     again = copied.replace("--out out", "--out again")
     done = subprocess.run(
         ["sh", "-c", again],
@@ -82,7 +82,9 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     for key in ("config", "seed", "layers", "perplexity", "sparsity", "teachers", "license"):
         assert second[key] == first[key]
     Path("recipe.yaml").write_text(recipe)
-    settings = read_given(Path("recipe.yaml"), (), [PruneJob, NutePruneConfig])
+    settings = read_given(
+        read_mapping(Path("recipe.yaml"), "--config"), {}, [PruneJob, NutePruneConfig]
+    )
     assert settings["seed"] == 5
     assert settings["neuron_multiple"] == 4
     assert first["config"].items() >= {k: v for k, v in settings.items() if k != "seed"}.items()

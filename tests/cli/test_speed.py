@@ -22,7 +22,6 @@ from nuteprune.jobs.sources import load_model
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.work import Workload
 from nuteprune.judge.worker import Worker
-from nuteprune.train.prune_settings import PruneSettings
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
@@ -158,7 +157,7 @@ def test_two_runs_at_once_share_one_table(
 
     monkeypatch.setattr(speed, "write_table", write)
     given = {"model": str(model), "speedup": f"1.2@{AT}", "device": "cpu"}
-    job = make_job(PruneJob, PruneSettings, {**given, "out": tmp_path / "out"})
+    job = make_job(PruneJob, {**given, "out": tmp_path / "out"})
     config, loaded = trainer_config(job, tmp_path / "run"), load_model(str(model), None)
 
     def table(_: int) -> Any:

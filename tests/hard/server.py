@@ -68,7 +68,7 @@ PHASES = {
     "nuteprune.stages.write:write": "writing text",
     "nuteprune.train.recover:RecoverTrainer.merge": "merging",
     "nuteprune.jobs.recover:compared": "comparing",
-    "nuteprune.jobs.vocab_text:read_text": "counting tokens",
+    "nuteprune.jobs.fewer_tokens:read_text": "counting tokens",
     "nuteprune.export.vocabulary:cut_model": "cutting the vocabulary",
     "nuteprune.judge.block_times:cost_table": "timing blocks",
     "nuteprune.jobs.timing:measure": "timing models",

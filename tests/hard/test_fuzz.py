@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nuteprune.cli.app import main
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.settings import read_given
+from nuteprune.jobs.settings import read_given, read_mapping
 from nuteprune.train.config import NutePruneConfig
 from tests.unplanned import leave_unplanned
 
@@ -380,7 +380,7 @@ def test_any_file_of_settings_is_settings_or_a_user_error(content: bytes) -> Non
         path = Path(folder) / "c.yaml"
         path.write_bytes(content)
         try:
-            found = read_given(path, (), KINDS)
+            found = read_given(read_mapping(path, "--config"), {}, KINDS)
         except UserError:
             return
     declared_here = {x.name for kind in KINDS for x in dataclasses.fields(kind)}

@@ -11,9 +11,8 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.folder import clear_result
 from nuteprune.jobs.guard import alone, check_file, check_out, check_writable, nothing_left
-from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.job import Job, PruneJob, VocabJob
 from nuteprune.jobs.settings import make_job
-from nuteprune.train.config import NutePruneConfig
 
 
 def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
@@ -38,7 +37,7 @@ def test_resuming_is_offered_where_there_is_a_run_to_go_on_with(tmp_path: Path) 
             check_out(Job("demo", tmp_path))
         assert ("or --resume to go on with it" in str(told.value)) == offered
         with pytest.raises(UserError, match=r"to replace it$"):
-            check_out(Job("demo", tmp_path), resumes=False)
+            check_out(VocabJob("demo", tmp_path))
 
 
 @pytest.mark.parametrize("setting", ["config", "shape", "family", "costs"])
@@ -49,7 +48,7 @@ def test_a_folder_with_a_file_of_settings_is_not_overwritten(setting: str, tmp_p
     given: dict[str, object] = {"model": "demo", "out": out, "overwrite": True}
     config = str(file) if setting == "config" else None
     given |= {} if config else {setting: str(file)}
-    job = make_job(PruneJob, NutePruneConfig, given, config)
+    job = make_job(PruneJob, given, config)
     with pytest.raises(UserError, match=rf"holds the settings {file}; name another folder"):
         check_out(job)
 

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 import nuteprune
-from nuteprune.cli.export import TYPES
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
-from nuteprune.jobs.options import Benchmark
+from nuteprune.jobs.options import TYPES, Benchmark
 from nuteprune.jobs.prune_run import mixture, recorded
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.timing import ENGINES
@@ -32,7 +31,7 @@ OUT: dict[str, Any] = {"model": "m", "out": "o"}
 
 
 def job(given: dict[str, Any], **more: Any) -> PruneJob:
-    return make_job(PruneJob, PruneSettings, {**OUT, **given}, **more)
+    return make_job(PruneJob, {**OUT, **given}, **more)
 
 
 def test_words_full_names_files_and_assignments_come_to_the_same(tmp_path: Path) -> None:
@@ -176,13 +175,11 @@ def test_what_a_run_is_does_not_hang_on_the_spelling(tmp_path: Path, monkeypatch
     assert not {"shares", *files} & what_it_is(job({})).keys()
 
 
-@pytest.mark.parametrize(
-    ("kind", "trainer"), [(PruneJob, PruneSettings), (RecoverJob, None)], ids=["prune", "recover"]
-)
-def test_what_a_model_writes_does_not_judge(kind: Any, trainer: Any) -> None:
+@pytest.mark.parametrize("kind", [PruneJob, RecoverJob])
+def test_what_a_model_writes_does_not_judge(kind: Any) -> None:
     with pytest.raises(UserError, match=r"^self is text that .*pass other text here"):
-        make_job(kind, trainer, {**OUT, "eval_data": SELF})
-    assert make_job(kind, trainer, {**OUT, "eval_data": f"./{SELF}"}).eval_data == f"./{SELF}"
+        make_job(kind, {**OUT, "eval_data": SELF})
+    assert make_job(kind, {**OUT, "eval_data": f"./{SELF}"}).eval_data == f"./{SELF}"
 
 
 def test_a_run_of_several_processes_is_made_again_by_one(

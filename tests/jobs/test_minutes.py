@@ -178,8 +178,8 @@ def test_two_words_on_how_long_contradict(pruned: Any, more: tuple[Any, ...], wh
 def test_cutting_the_vocabulary_is_part_of_the_time(
     pruned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nuteprune.jobs.vocab_text.SELF_TOKENS", 100)
-    monkeypatch.setattr("nuteprune.jobs.vocab_text.SELF_TOKENS_JUDGED", 50)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.SELF_TOKENS", 100)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.SELF_TOKENS_JUDGED", 50)
     use_rates(monkeypatch, 0.3)
     plans: list[float] = []
     share, cut, passed = minutes.shared_out, vocab.cut, time.monotonic

@@ -19,6 +19,7 @@ from nuteprune.console import Output, megabytes
 from nuteprune.data.blocks import JUDGED
 from nuteprune.data.mixture import tokens_to_write
 from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import load_config
 from nuteprune.gates import copying_losses
 from nuteprune.gates.importance import METHODS
@@ -107,7 +108,7 @@ def written(folder: Path, values: dict[str, Any]) -> Path:
 
 def job(model: Path, **given: Any) -> PruneJob:
     asked = {"model": str(model), "out": Path("unused"), "target_sparsity": 0.2, **given}
-    return make_job(PruneJob, NutePruneConfig, asked)
+    return make_job(PruneJob, asked)
 
 
 ROWS = [{"neurons": 160}] * 4 + [{"kv_heads": 1}]
@@ -527,6 +528,16 @@ def test_the_language_model_of_several_modalities_is_planned(
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(load_config(model))
     assert found["parameters"] == sum(x.numel() for x in set(language.parameters()))
+
+
+def test_a_pruned_checkpoint_is_planned_without_the_code_that_comes_with_it(
+    tiny_model: Callable, prune_at_random: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unplanned(monkeypatch.setattr)
+    small = prune_at_random(tiny_model("llama"), ("neurons",), "free")
+    save(small, tmp_path / "small", None)
+    found = run(job(tmp_path / "small", length=24), Asked(rate=1e9), Output(quiet=True))
+    assert found["parameters"] == sum(x.numel() for x in small.parameters())
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,13 @@ import pytest
 
 import nuteprune
 from nuteprune.errors import UserError
-from nuteprune.jobs.fewer_tokens import Cutter, Smaller
+from nuteprune.jobs.fewer_tokens import Cutter, Smaller, VocabText, parts
 from nuteprune.jobs.job import VocabJob
-from nuteprune.jobs.vocab_text import VocabText, parts
 
 
 def test_text_is_read_in_small_parts_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nuteprune.jobs.vocab_text.TOGETHER", 10)
-    monkeypatch.setattr("nuteprune.jobs.vocab_text.MOST_CHARACTERS", 25)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.TOGETHER", 10)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_CHARACTERS", 25)
     documents = iter(["letter"] * 100)
     assert list(parts(documents)) == [["letter"] * 2, ["letter"] * 2, ["l"]]
     assert len(list(documents)) == 95

@@ -90,7 +90,7 @@ def test_plain_text_is_no_copy_of_a_published_text(
 
 def test_several_texts_are_no_copy_of_a_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"recipes": ["a"], "speeches": ["b"]}
-    monkeypatch.setattr("nuteprune.data.specs.assets.documents", lambda **_: texts)
+    monkeypatch.setattr("nuteprune.data.demo.documents", lambda **_: texts)
     with pytest.raises(UserError, match=r"demo has 2 \(recipes, speeches\); pass one Parquet"):
         rows_of("wikitext2=demo")
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from nuteprune import NutePruneConfig
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.plan.sizes import Sizes
+from nuteprune.plan.need import Sizes
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.plan.walk import Walk
 from tests.train.conftest import make

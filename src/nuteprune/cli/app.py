@@ -51,9 +51,9 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    from nuteprune.cli import commands, export  # here: `main` checks names before anything else
+    from nuteprune.cli import commands  # here: `main` checks names before anything else
 
-    functions = {**vars(commands), "eval": commands.evaluate, "export": export.export}
+    functions = {**vars(commands), "eval": commands.evaluate}
     for command in COMMANDS:
         app.command(command)(functions[command])
     return app
@@ -141,7 +141,3 @@ def quiet_libraries() -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-
-
-if __name__ == "__main__":
-    main()

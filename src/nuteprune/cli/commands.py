@@ -5,24 +5,23 @@ What computes is loaded when the options are known to be right: help and refusal
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nuteprune.cli import options as o
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.jobs.folder import DEMOS, begun_folder, free_folder
-from nuteprune.jobs.guard import check_free, check_writable
+from nuteprune.files import at_home, data_files
+from nuteprune.jobs.folder import DEMOS, demo_folder
+from nuteprune.jobs.guard import check_file, check_free, check_writable
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob
-from nuteprune.jobs.options import Benchmark, Evaluation, Writing
+from nuteprune.jobs.options import Benchmark, Evaluation, Exporting, Writing
 from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.train.asked import value_of
 from nuteprune.train.prune_settings import PruneSettings
-
-if TYPE_CHECKING:
-    from nuteprune.console import Output
 
 _NOT_ASKED = (
     *("out", "data", "eval_data", "text_column", "shares", "trust_remote_code", "vocab"),
@@ -31,46 +30,30 @@ _NOT_ASKED = (
 """Settings of `prune` that `plan` does not offer."""
 
 
-def _output(as_json: bool) -> Output:
-    from nuteprune.console import Output  # rich takes its time
-
-    return Output(as_json)
-
-
-@o.with_options(
-    PruneSettings,
-    PruneJob,
-    but=("data", "eval_data", "text_column", "trust_remote_code", "family"),
+@o.command(
+    PruneSettings, PruneJob, but=("data", "eval_data", "text_column", "trust_remote_code", "family")
 )
 def demo(
-    out: o.OptionalOut = None,
-    config: o.Config = None,
-    assignments: o.Set = None,
-    as_json: o.Json = False,
-    **given: Any,
-) -> None:
+    out: o.OptionalOut = None, config: o.Config = None, assignments: o.Set = None, **given: Any
+) -> o.Work:
     """Prune SmolLM2-135M-Instruct on real text; no arguments needed.
 
     Without --out the result is in ./nuteprune-demo, or -2, -3, ... where that is taken;
     with --overwrite always in ./nuteprune-demo.
     """
-    pick = begun_folder if given["resume"] else free_folder
-    folder = DEMOS if given["overwrite"] else pick(DEMOS)
+    folder = DEMOS if "overwrite" in given else demo_folder("resume" in given)
     asked = {"model": DEMO, "out": folder if out is None else out, **given}
-    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    job = make_job(PruneJob, asked, config, assignments or ())
     check_free(job)
-    from nuteprune.jobs.demo import fetch, finished
+    from nuteprune.jobs.demo import finished
 
-    output = _output(as_json)
-    fetch(output)
-    output.result(finished(job, output))
+    return partial(finished, job)
 
 
-@o.with_options(PruneSettings, PruneJob, but=_NOT_ASKED)
+@o.command(PruneSettings, PruneJob, but=_NOT_ASKED)
 def plan(
     model: Annotated[
-        str,
-        typer.Argument(help="Hub id, folder with a config.json, config.json, or 'demo'."),
+        str, typer.Argument(help="Hub id, folder with a config.json, config.json, or 'demo'.")
     ],
     devices: Annotated[int, typer.Option(help="Accelerators.")] = 1,
     device_memory: Annotated[
@@ -89,9 +72,8 @@ def plan(
     ] = None,
     config: o.Config = None,
     assignments: o.Set = None,
-    as_json: o.Json = False,
     **given: Any,
-) -> None:
+) -> o.Work:
     """Say what memory and time it would take to prune MODEL.
 
     Phase by phase, from the config alone: no weights are read.
@@ -101,7 +83,7 @@ def plan(
     if devices > 1 and device_memory is None:
         raise UserError(f"--devices {devices}: say what memory each has with --device-memory")
     asked = {"model": model, "out": Path("unused"), **given}
-    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    job = make_job(PruneJob, asked, config, assignments or ())
     memory = None
     if device_memory is not None:
         memory = value_of("memory", device_memory, "--device-memory")
@@ -109,36 +91,28 @@ def plan(
     reading = None if bandwidth is None else bandwidth * 1e9
     from nuteprune.jobs.plan import Asked, run
 
-    output = _output(as_json)
-    output.result(run(job, Asked(devices, memory, rate, reading), output))
+    return partial(run, job, Asked(devices, memory, rate, reading))
 
 
-@o.with_options(PruneSettings, PruneJob)
+@o.command(PruneSettings, PruneJob)
 def prune(
-    model: o.Model,
-    out: o.Out,
-    config: o.Config = None,
-    assignments: o.Set = None,
-    as_json: o.Json = False,
-    **given: Any,
-) -> None:
+    model: o.Model, out: o.Out, config: o.Config = None, assignments: o.Set = None, **given: Any
+) -> o.Work:
     """Make MODEL smaller by SPARSITY, guided by text from DATA.
 
     --dry-run says first which shapes can be had, and what time and memory the run would take.
     """
     asked = {"model": model, "out": out, **given}
-    job = make_job(PruneJob, PruneSettings, asked, config, assignments or ())
+    job = make_job(PruneJob, asked, config, assignments or ())
     check_target(job)
     check_free(job)
     from nuteprune.jobs.prune import finished
 
-    output = _output(as_json)
-    result = finished(job, output)
-    output.result(None if result is None else result.summary())
+    return partial(finished, job)
 
 
-@o.with_options(Evaluation, defaults=True)
-def evaluate(model: o.Model, as_json: o.Json = False, **given: Any) -> None:
+@o.command(Evaluation, defaults=True)
+def evaluate(model: o.Model, **given: Any) -> o.Work:
     """Measure how good MODEL is: perplexity, copying, answers, tasks.
 
     Perplexity is measured on text, copying on random tokens. With --against also whether greedy
@@ -146,42 +120,57 @@ def evaluate(model: o.Model, as_json: o.Json = False, **given: Any) -> None:
     --fewshot says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without
     --data, --protocol and --tasks the text is the held-out part of the demo's.
     """
-    asked = Evaluation(model, **o.given(given))
+    asked = Evaluation(model, **given)
     from nuteprune.jobs.evaluate import run
 
-    output = _output(as_json)
-    output.result(run(asked, output))
+    return partial(run, asked)
 
 
-@o.with_options(Benchmark, defaults=True)
-def bench(model: o.Model, as_json: o.Json = False, **given: Any) -> None:
+@o.command(Benchmark, defaults=True)
+def bench(model: o.Model, **given: Any) -> o.Work:
     """Measure how fast MODEL reads and writes, and its memory.
 
     Prompts are random tokens. Each model has a process of its own; with --against they take turns,
     so that other work of the machine slows both alike.
     """
-    asked = Benchmark(model, **o.given(given))
+    asked = Benchmark(model, **given)
     from nuteprune.jobs.bench import run
 
-    output = _output(as_json)
-    output.result(run(asked, output))
+    return partial(run, asked)
 
 
-@o.with_options(RecoverJob)
-def recover(model: o.Model, out: o.Out, as_json: o.Json = False, **given: Any) -> None:
+@o.command(RecoverJob)
+def recover(model: o.Model, out: o.Out, **given: Any) -> o.Work:
     """Fine-tune MODEL, a pruned checkpoint, on instructions or text.
 
     LoRA on all projections is trained and merged. The result is a checkpoint of the same shape and
     dtype, with its record kept.
     """
-    job = make_job(RecoverJob, None, {"model": model, "out": out, **given})
+    job = make_job(RecoverJob, {"model": model, "out": out, **given})
     check_free(job)
     from nuteprune.jobs.recover import finished
 
-    output = _output(as_json)
-    output.result(finished(job, output))
+    return partial(finished, job)
 
 
+@o.command(Exporting)
+def export(
+    model: o.Model,
+    to: Annotated[str, typer.Option(help="Format: gguf (llama.cpp) or onnx (ONNX Runtime).")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    **given: Any,
+) -> o.Work:
+    """Write MODEL, pruned or not, in another program's format."""
+    asked = Exporting(model, to, at_home(out), **given)
+    reads = [("model", model), ("entry", asked.family)]
+    beside = data_files(asked.out) if to == "onnx" else ()
+    check_file("--out", asked.out, reads, asked.overwrite, f"model.{to}", beside)
+    from nuteprune.jobs.export import run
+
+    return partial(run, asked)
+
+
+@o.command()
 def family(
     model: Annotated[
         str, typer.Argument(help="Hub id, folder or config.json, or the name of a model type.")
@@ -191,29 +180,27 @@ def family(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="YAML file to write the entry to.")] = None,
     overwrite: o.Overwrite = False,
-    as_json: o.Json = False,
-) -> None:
+) -> o.Work:
     """Propose an entry for a model type that is not listed.
 
     The entry is tried on a small model: the gates that hold with it are named.
     """
     from nuteprune.jobs.family import run
 
-    output = _output(as_json)
-    output.result(run(model, output, file, out, overwrite))
+    return partial(run, model, file=file, out=out, overwrite=overwrite)
 
 
+@o.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A checkpoint that nuteprune wrote.")],
-    as_json: o.Json = False,
-) -> None:
+) -> o.Work:
     """Show the layers, parameters and quality of a pruned checkpoint."""
     from nuteprune.jobs.inspect import run
 
-    output = _output(as_json)
-    output.result(run(folder, output))
+    return partial(run, folder)
 
 
+@o.command()
 def report(
     folder: Annotated[
         Path,
@@ -221,25 +208,27 @@ def report(
             metavar="RUN", help="The --out folder of prune or recover, finished or not."
         ),
     ],
-    as_json: o.Json = False,
-) -> None:
+) -> o.Work:
     """Write RUN's report: one HTML page, and its plots as PNG.
 
     The page needs no network.
     """
     check_writable("RUN", folder)
+    from nuteprune.console import Output
     from nuteprune.jobs.reproduce import again
     from nuteprune.judge.report import PLOTS, write_report
 
-    output = _output(as_json)
-    page = write_report(folder, again)
-    plots = sorted((page.parent / PLOTS).glob("*.png"))
-    output.line(f"Report  {page}")
-    output.line(f"Plots   {page.parent / PLOTS} ({', '.join(path.stem for path in plots)})")
-    output.result({"report": str(page), "plots": [str(path) for path in plots]})
+    def work(output: Output) -> dict[str, Any]:
+        page = write_report(folder, again)
+        plots = sorted((page.parent / PLOTS).glob("*.png"))
+        output.line(f"Report  {page}")
+        output.line(f"Plots   {page.parent / PLOTS} ({', '.join(path.stem for path in plots)})")
+        return {"report": str(page), "plots": [str(path) for path in plots]}
+
+    return work
 
 
-@o.with_options(VocabJob, but=VocabJob.NOT_HERE)
+@o.command(VocabJob, but=VocabJob.NOT_HERE)
 def vocab(
     model: o.Model,
     out: o.Out,
@@ -250,36 +239,32 @@ def vocab(
             "1 % on held-out DATA."
         ),
     ],
-    as_json: o.Json = False,
     **given: Any,
-) -> None:
+) -> o.Work:
     """Keep KEEP of MODEL's tokens: those that its texts need most.
 
     The 256 bytes are among them, so any text can still be spelled. Embedding and head are cut to
     these rows. The result is a stock checkpoint of the same class.
     """
-    job = make_job(VocabJob, None, {"model": model, "out": out, **given})
-    check_free(job, resumes=False)
+    job = make_job(VocabJob, {"model": model, "out": out, **given})
+    check_free(job)
     from nuteprune.jobs.vocab import run
 
-    output = _output(as_json)
-    output.result(run(job, keep, output))
+    return partial(run, job, keep)
 
 
-@o.with_options(Writing, defaults=True)
+@o.command(Writing, defaults=True)
 def write(
     model: o.Model,
     tokens: Annotated[int, typer.Option(help="Tokens to write, at least.")],
     out: Annotated[Path, typer.Option(help="File for the text, such as own.jsonl.")],
-    as_json: o.Json = False,
     **given: Any,
-) -> None:
+) -> o.Work:
     """Let MODEL write text of its own, for prune --own-text.
 
     After a stop, the same command goes on with the written part.
     """
-    asked = Writing(model, tokens, out, **o.given(given))
+    asked = Writing(model, tokens, out, **given)
     from nuteprune.jobs.write import run
 
-    output = _output(as_json)
-    output.result(run(asked, output))
+    return partial(run, asked)

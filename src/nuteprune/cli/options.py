@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import keyword
 from collections.abc import Callable, Collection, Mapping
@@ -11,12 +12,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from nuteprune.jobs.job import Job, PruneJob
+from nuteprune.jobs.job import Job
 from nuteprune.jobs.options import REPLACE
 from nuteprune.train.settings import declared
 
-Command = Callable[..., None]
-_JOB, _PRUNE = declared(Job), declared(PruneJob)
+Work = Callable[[Any], Mapping[str, Any] | None]
+"""What a command does when its options are known to be right: given a `console.Output`, it returns
+what `--json` prints."""
+_JOB = declared(Job)
 
 
 def _option(name: str, **more: Any) -> Any:
@@ -27,8 +30,6 @@ Model = Annotated[str, typer.Argument(help=_JOB["model"].help)]
 # As text, since "" would be the path of the folder that the user is in.
 Out = Annotated[str, _option("out", metavar="PATH")]
 OptionalOut = Annotated[str | None, _option("out", metavar="PATH")]
-TrustRemoteCode = Annotated[bool, _option("trust_remote_code")]
-Family = Annotated[str | None, typer.Option("--family", help=_PRUNE["family"].help)]
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings.")]
 Set = Annotated[
     list[str] | None,
@@ -38,15 +39,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help=REPLACE)]
 Json = Annotated[bool, typer.Option("--json", help="End with one machine-readable line.")]
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def with_options(
+def command(
     *kinds: type, but: Collection[str] = (), defaults: bool = False
-) -> Callable[[Command], Command]:
-    """Give a command the options that settings declare; they come as its keywords.
+) -> Callable[[Callable[..., Work]], Callable[..., None]]:
+    """Make a command of a function, with the options that settings declare, and `--json`.
 
     Args:
         *kinds: the dataclasses that declare them.
@@ -54,25 +50,38 @@ def with_options(
         defaults: whether help shows the defaults that its text does not tell.
 
     Returns:
-        A decorator for a command that takes `**given`: word -> value, None where not given.
+        A decorator for a function that takes `**given`: word -> value of each that is given.
     """
 
-    def decorate(command: Command) -> Command:
-        hints = get_type_hints(command, include_extras=True)
+    def decorate(function: Callable[..., Work]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def made(as_json: bool, **options: Any) -> None:
+            work = function(**{name: x for name, x in options.items() if x is not None})
+            from nuteprune.console import Output  # rich takes its time
+
+            output = Output(as_json)
+            output.result(work(output))
+
+        hints = get_type_hints(function, include_extras=True)
         own = [
-            x.replace(annotation=hints[x.name])
-            for x in inspect.signature(command).parameters.values()
+            x.replace(annotation=hints[x.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for x in inspect.signature(function).parameters.values()
             if x.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         without = {x.name for x in own} | set(but)
         more = [x for kind in kinds for x in _parameters(kind, defaults) if x.name not in without]
         at = sum(x.default is inspect.Parameter.empty for x in own)
-        together = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in own]
-        together[at:at] = more
-        command.__signature__ = inspect.Signature(together)  # type: ignore[attr-defined]
-        return command
+        own[at:at] = more
+        own.append(_parameter("as_json", Json, False))
+        made.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        return made
 
     return decorate
+
+
+def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, only, default=default, annotation=hint)
 
 
 def _parameters(kind: type, defaults: bool) -> list[inspect.Parameter]:
@@ -83,10 +92,9 @@ def _parameters(kind: type, defaults: bool) -> list[inspect.Parameter]:
             plain: Any = bool if x.flag else _plain(hints[name])
             plain = list[str] if x.several else plain
             hint = Annotated[plain | None, typer.Option(x.option, help=x.help)]
-            only = inspect.Parameter.KEYWORD_ONLY
             called = name if keyword.iskeyword(x.word) else x.word  # as `for`
             default = x.default if defaults and "(default" not in x.help else None
-            found.append(inspect.Parameter(called, only, default=default, annotation=hint))
+            found.append(_parameter(called, hint, default))
     return found
 
 

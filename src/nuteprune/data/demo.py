@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from nuteprune.errors import UserError
-from nuteprune.files import at_home, file_sum, follow_umask, sync_tree
+from nuteprune.files import cache_folder, file_sum, follow_umask, sync_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,12 +111,6 @@ _TOKENIZER = {
     "pad_token": "<|im_end|>",
     "unk_token": "<|endoftext|>",
 }
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloads: `NUTEPRUNE_CACHE`, or the system's place for caches."""
-    chosen = os.environ.get("NUTEPRUNE_CACHE")
-    return at_home(chosen).absolute() if chosen else user_cache_path("nuteprune")
 
 
 def model_folder(progress: Progress = lambda message: None) -> Path:

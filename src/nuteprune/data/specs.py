@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nuteprune.data import demo as assets
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.fingerprint import Fingerprint
@@ -52,9 +51,11 @@ def iter_documents(
     """
     refuse_self(spec)
     if names := embedded(spec):
+        from nuteprune.data import demo  # few runs read it
+
         return {
             name: Documents(name, partial(iter, texts), Fingerprint(names=[f"{DEMO}:{name}"]))
-            for name, texts in assets.documents(domains=names).items()
+            for name, texts in demo.documents(domains=names).items()
         }
 
     def documents(rows: Iterable[tuple[str, object]]) -> Iterator[str]:
@@ -98,16 +99,18 @@ def embedded(spec: str) -> list[str]:
     Raises:
         UserError: it names one that does not exist.
     """
-    demo, colon, given = spec.partition(":")
-    if demo != DEMO:
+    name, colon, given = spec.partition(":")
+    if name != DEMO:
         return []
-    names = given.split(",") if colon else list(assets.TEXTS)
-    if unknown := [x for x in names if x not in assets.TEXTS]:
+    from nuteprune.data.demo import TEXTS
+
+    names = given.split(",") if colon else list(TEXTS)
+    if unknown := [x for x in names if x not in TEXTS]:
         raise UserError(
             f"{spec!r}: no embedded source is called {unknown[0]!r}; pass {DEMO}, or some of "
-            f"{DEMO}:{','.join(assets.TEXTS)}"
+            f"{DEMO}:{','.join(TEXTS)}"
         )
-    return [x for x in assets.TEXTS if x in names]
+    return [x for x in TEXTS if x in names]
 
 
 def local_files(spec: str) -> list[Path] | None:

@@ -29,12 +29,6 @@ MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 TIMED = Workload(batch_size=1, length=256, new_tokens=32)
 
 
-def fetch(output: Output) -> None:
-    """Fetch the model and the texts before anything else."""
-    assets.model_folder(output.line)
-    assets.documents(output.line)
-
-
 def with_defaults(job: PruneJob) -> PruneJob:
     """Return a job with the demo's own defaults for what is not given."""
     target = {} if SETTINGS.keys() & job.settings.keys() else {"target_sparsity": 0.2}
@@ -48,6 +42,8 @@ def with_defaults(job: PruneJob) -> PruneJob:
 
 def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     """Prune, compare and print; returns the record with what was measured."""
+    assets.model_folder(output.line)  # fetched before anything else
+    assets.documents(output.line)
     by_default = job.minutes is None
     result = run(with_defaults(job), output, COMPARED, may_exceed=by_default)
     if result is None:

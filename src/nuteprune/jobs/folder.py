@@ -36,19 +36,16 @@ def begun(out: Path) -> bool:
     return last_checkpoint(run) is not None or any(x.is_file() for x in kept)
 
 
-def free_folder(wanted: Path) -> Path:
-    """Return the folder, or the first of its numbered siblings that is not taken."""
-    folder, number = wanted, 1
+def demo_folder(resume: bool) -> Path:
+    """Return `DEMOS`, or a numbered sibling: the first that is not taken, or of the newest run."""
+    if resume:
+        found = [x for x in Path().glob(f"{DEMOS}*") if begun(x)]
+        return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=DEMOS)
+    folder, number = DEMOS, 1
     while folder.exists() and any(folder.iterdir()):
         number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+        folder = Path(f"{DEMOS}-{number}")
     return folder
-
-
-def begun_folder(wanted: Path) -> Path:
-    """Return the newest run's folder, among the folder and its numbered siblings."""
-    found = [x for x in wanted.parent.glob(f"{wanted.name}*") if begun(x)]
-    return max(found, key=lambda x: (x / RUN).stat().st_mtime, default=wanted)
 
 
 def goes_on(job: Job) -> bool:

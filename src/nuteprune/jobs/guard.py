@@ -14,20 +14,13 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from nuteprune.data.demo import cache_folder
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
-from nuteprune.files import at_home, writing
+from nuteprune.files import at_home, cache_folder, writing
 from nuteprune.jobs.folder import begun, written_in
-from nuteprune.jobs.job import Job
+from nuteprune.jobs.job import Job, VocabJob
 from nuteprune.processes import is_main
-from nuteprune.run_folder import (
-    RUN,
-    SELF,
-    SELF_WRITTEN,
-    SETTINGS,
-    hidden,
-)
+from nuteprune.run_folder import RUN, SELF, SELF_WRITTEN, SETTINGS, hidden
 
 Reads = Iterable[tuple[str, str | None]]
 """An input of a command: what it is, in words, and the name that the user gave."""
@@ -140,12 +133,8 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike Path.resolve, which raises for links in a circle
 
 
-def check_out(job: Job, resumes: bool = True) -> None:
+def check_out(job: Job) -> None:
     """Refuse an output folder with something in it, unless told what to do with it.
-
-    Args:
-        job: the job.
-        resumes: whether a job of its kind can be resumed.
 
     Raises:
         UserError: if the folder is in the way, or there is nothing to resume in it.
@@ -185,20 +174,21 @@ def check_out(job: Job, resumes: bool = True) -> None:
             )
         return
     if out.exists() and any(out.iterdir()) and not job.overwrite:
+        resumes = not isinstance(job, VocabJob)
         raise UserError(
             f"--out {out} is not empty; name another folder, or pass --overwrite to replace it"
             + (" or --resume to go on with it" if resumes and begun(out) else "")
         )
 
 
-def check_free(job: Job, resumes: bool = True) -> None:
+def check_free(job: Job) -> None:
     """Refuse a folder that the job cannot write to; fast, since no library is loaded for it.
 
-    The job asks again, when it holds the folder. Arguments and errors as of `check_out`.
+    The job asks again, when it holds the folder. Errors as of `check_out`.
     """
     if is_main():
         with alone(job.out) if job.out.is_dir() else nullcontext():
-            check_out(job, resumes)
+            check_out(job)
 
 
 def _around_the_user() -> Iterator[Path]:

@@ -8,16 +8,17 @@ from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nuteprune.console import Output, millions
 from nuteprune.export.card import since_dense
 from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf.choose import ModelFacts
-from nuteprune.export.loading import load_config
+from nuteprune.export.loading import causal_lm_of, load_config, one_line
 from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.gates.budget import Budget
-from nuteprune.model.family import Family
-from nuteprune.model.lookup import family_named
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import COUNTS, SAID, Shape
 from nuteprune.model.wrappers import of_language_model
 
@@ -32,14 +33,15 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
     """
     record, config = read_record(folder), load_config(folder)
     counted = recount(folder)
-    family = family_named(config.model_type)
+    with one_line(str(folder)), torch.device("meta"):
+        anatomy = Anatomy(causal_lm_of(config.model_type)(config))
     before, after = shapes_of(record)
     tensors = of_language_model(counted["tensors"])
     outside = _count(counted["tensors"], counted["tensors"]) - _count(tensors, tensors)
-    source = ModelFacts(family, config, after, biases_of(family, tensors))
+    source = ModelFacts(anatomy.family, config, after, anatomy.biases)
     rows = record.get("vocab", {"before": 1, "after": 1})
     params = {**record["params"], "before": record["params"]["before"] - outside}
-    parts = parts_of(source, before, tensors, params, (rows["before"], rows["after"]))
+    parts = parts_of(Budget.of(anatomy), before, tensors, params, (rows["before"], rows["after"]))
     if outside:
         parts["other modalities"] = (outside, outside)
     multiples = multiples_of(source)
@@ -86,57 +88,33 @@ def shapes_of(record: Mapping[str, Any]) -> tuple[Shape, Shape]:
     return shape("before", "layers_before"), shape("after", "layers")
 
 
-def biases_of(family: Family, tensors: Tensors) -> dict[str, bool]:
-    """Return for each projection path whether a checkpoint has a bias there."""
-    stacks = family.experts.projections if family.experts else ()
-    endings = {p.path: f".{p.path}.bias" for p in family.projections}
-    endings |= {p.path: f".{p.path}_bias" for p in stacks}
-    return {path: any(x.endswith(end) for x in tensors) for path, end in endings.items()}
-
-
-def inner_of(family: Family, tensors: Tensors) -> dict[str, int]:
-    """Return `Anatomy.inner_sizes` of a checkpoint, from the shapes in its files."""
-    return {
-        p.path: p.inner_size(*shape)
-        for p in family.uncut
-        for name, shape in tensors.items()
-        if name.endswith(f".{p.path}.weight")
-    }
-
-
 def parts_of(
-    source: ModelFacts,
+    budget: Budget,
     before: Shape,
     tensors: Tensors,
     params: Mapping[str, int],
     rows: tuple[int, int],
 ) -> dict[str, tuple[int, int]]:
-    """Return the parameters of each part: before (by its dimensions), after (in the files).
+    """Return the parameters of each part before and after.
 
     Args:
-        source: the pruned model.
+        budget: of the pruned model.
         before: dimensions of the dense one.
         tensors: what the files hold, name -> shape.
-        params: the record's counts of the dense model.
+        params: the record's counts.
         rows: rows of the embedding before and after, if some were removed.
     """
-    family, after = source.family, source.shape
-    inner = inner_of(family, tensors)
-    budget = Budget(family, before, source.head_dim, source.biases, inner=inner)
-    forms = map(budget.attention, before.layers)
-    old = {"attention": sum(c * before.hidden + constant for c, constant in forms)}
-    # By subtraction: where all MLPs are gone, no file tells whether they had biases.
-    old["MLP"] = params["blocks_before"] - old["attention"]
-    prefix = f"{family.layers}."
-    attention = tuple(f".{p.path}." for p in (*family.attention, *family.mixer))
-    paths = {"attention": attention, "MLP": tuple(x for x in family.files if x not in attention)}
-    new = {
-        name: _count(
-            tensors, (n for n in tensors if n.startswith(prefix) and any(x in n for x in inside))
-        )
-        for name, inside in paths.items()
-    }
-    outside = [n for n in tensors if not n.startswith((prefix, f"{family.final_norm}."))]
+    family, after = budget.family, budget.shape
+
+    def blocks(shape: Shape, all_blocks: int) -> dict[str, int]:
+        forms = map(budget.attention, shape.layers)
+        attention = sum(c * shape.hidden + constant for c, constant in forms)
+        # By subtraction: where all MLPs are gone, nothing tells whether they had biases.
+        return {"attention": attention, "MLP": all_blocks - attention}
+
+    old, new = blocks(before, params["blocks_before"]), blocks(after, params["blocks_after"])
+    inside = (f"{family.layers}.", f"{family.final_norm}.")
+    outside = [n for n in tensors if not n.startswith(inside)]
     new["embedding and head"] = _count(tensors, outside)
     base = f"{family.layers.partition('.')[0]}."  # outside of it is the head
     places = [n for n in outside if n.startswith(base) and not n.startswith(f"{family.embedding}.")]

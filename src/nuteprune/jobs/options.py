@@ -1,10 +1,11 @@
-"""The options of `eval`, `bench` and `write`, each declared once."""
+"""The options of `eval`, `bench`, `export` and `write`, each declared once."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.judge import protocols
 from nuteprune.run_folder import RUN, SPEED
@@ -12,6 +13,8 @@ from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.settings import declared, option, setting
 
 REPLACE = "Replace the file if it exists."
+TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
+"""Format -> how it stores weights, the default first; see `export.gguf.write.FILE_TYPES`."""
 _HELP = {name: x.help for name, x in declared(PruneJob).items()}
 
 
@@ -86,6 +89,48 @@ class Benchmark:
     )
     overwrite: bool = option(REPLACE, False)
     family: str | None = option(_HELP["family"])
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """What `export` is asked to do.
+
+    Args:
+        model: hub id, checkpoint folder, or `demo`.
+        to: one of `TYPES`.
+        out: the file.
+
+    Raises:
+        UserError: for a format, or a way to store weights in it, that is none.
+    """
+
+    model: str
+    to: str
+    out: Path
+    type: str | None = option(
+        f"How weights are stored. gguf: {', '.join(TYPES['gguf'])}; onnx: f32. Default: the first."
+    )
+    pre_tokenizer: str | None = option(
+        "For gguf: llama.cpp's name for how the tokenizer splits text. Default: found."
+    )
+    overwrite: bool = option(REPLACE, False)
+    family: str | None = option(_HELP["family"])
+    trust_remote_code: bool = option(_HELP["trust_remote_code"], False)
+
+    def __post_init__(self) -> None:
+        if self.to not in TYPES:
+            raise UserError(f"--to {self.to} is not a known format; pass one of {', '.join(TYPES)}")
+        if self.stored_as not in (known := TYPES[self.to]):
+            raise UserError(
+                f"--type {self.type} is unknown to --to {self.to}; pass one of {', '.join(known)}"
+            )
+        if self.pre_tokenizer is not None and self.to != "gguf":
+            raise UserError(f"--pre-tokenizer is for --to gguf; leave it out with --to {self.to}")
+
+    @property
+    def stored_as(self) -> str:
+        """How weights are stored."""
+        return TYPES[self.to][0] if self.type is None else self.type
 
 
 @dataclass(frozen=True)

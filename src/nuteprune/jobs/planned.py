@@ -1,7 +1,8 @@
-"""Prints and returns a plan's phases, for `plan` and for dry runs."""
+"""What a run would take, as dry runs tell it; `plan` tells it with the same rates and tables."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,158 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nuteprune.console import Output, duration, megabytes
-from nuteprune.plan.phases import Phase, Plan
+from nuteprune.console import Output, duration, megabytes, millions
+from nuteprune.gates.importance import METHODS
+from nuteprune.jobs.job import PruneJob
+from nuteprune.jobs.prune_run import seconds_writing, share_to_write
+from nuteprune.jobs.show import describe_target
+from nuteprune.memory import peak, reset_peak
+from nuteprune.plan.need import Unplanned, on_cpu
+from nuteprune.plan.phases import FORMULA, Phase, Plan
+from nuteprune.plan.trial import seconds_per_step
+from nuteprune.run import Run
+from nuteprune.stages.score import stops_before
 
+BYTES_OF_ADAM = 8
+"""Per trained parameter: two moments in fp32, which a single step does not make."""
 HELD = {8: 8, 4: 4.5}
 """Bits that a weight takes: NF4 has a scale in fp32 for each 64 of them."""
 MEASURED_FOR = 0.3
 """Seconds that a rate is measured for."""
+
+
+def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
+    """Print which shapes can be had, and what the run will take; return both.
+
+    Args:
+        job: the job.
+        run: one that has not begun.
+        output: prints.
+    """
+    found = _reached(run, output)
+    trainer, args = run.first, run.args
+    # Timed on the first positions of what the model writes.
+    writing = seconds_writing(run, run.text.to_write) if run.text.to_write else 0.0
+    step = memory = None
+    if args.max_steps:
+        reset_peak()  # loading and timing what is written may have held more
+        step = seconds_per_step(trainer)
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        memory = peak() + trained * BYTES_OF_ADAM
+    try:
+        taken = _planned(job, run, writing, step)
+        on_cpu = args.device.type == "cpu"
+        where = "beside Python and files" if on_cpu else "peak on a device"
+        print_phases(taken["phases"], where, output)
+    except Unplanned as error:
+        output.line(f"Note    {error}")
+        taken = {"seconds": _reckoned(run, writing, step)}
+    said = f"{duration(taken['seconds'])} in all, "
+    if step is None or memory is None:
+        said += "at the rate of products alone: no step was run"
+    else:
+        said += "by the rate of that step" if "phases" in taken else "the rest as so many steps"
+        one = f"{step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one"
+        said = f"{one}; {said}"
+    output.line(f"Cost    {said}")
+    output.line("Dry run no model was written.")
+    cost = {"seconds_per_step": step, "seconds_writing": writing, "memory_bytes": memory}
+    return {**found, **cost, **taken}
+
+
+def _reached(run: Run, output: Output) -> dict[str, Any]:
+    """Print what each target comes to in every unit, and return it."""
+    allocator, prices = run.model.allocator, run.model.prices
+    budget, scores = allocator.budget, allocator.chance_scores()
+    shapes = [allocator.shape(scores, goal.goal) for goal in run.goals]
+    counts = [int(prices.params.total(shape)) for shape in shapes]
+    sizes = [int(prices.size.total(shape)) for shape in shapes]
+    caches = [prices.cache(shape) for shape in shapes]
+    active = [of["active_after"] for shape in shapes if (of := prices.of_a_token(shape))]
+    faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
+    for i, (target, shape) in enumerate(zip(run.goals, shapes, strict=True)):
+        output.line(
+            f"Reach   {describe_target(target)} asked, {budget.sparsity(shape):.3%} gone: "
+            f"{millions(counts[i])} parameters"
+            f"{f', {millions(active[i])} of them active per token' if active else ''}, "
+            f"{megabytes(sizes[i])} on disk, and {megabytes(caches[i])} of KV cache "
+            f"for {prices.sequences} x {prices.context} tokens"
+            + (f"; expected to be {faster[i]:.2f} x as fast" if faster else "")
+        )
+    return {
+        "targets": [goal.sparsity for goal in run.goals],
+        "sparsity": [budget.sparsity(shape) for shape in shapes],
+        "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in run.goals],
+        "parameters": counts,
+        **({"active_parameters": active} if active else {}),
+        "bytes": sizes,
+        "cache_bytes": caches,
+        **({"expected_speedup": faster} if faster else {}),
+        "context": prices.context,
+        "sequences": prices.sequences,
+        "shape": [shape.to_dict() for shape in shapes],
+    }
+
+
+def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dict[str, Any]:
+    """Return what stages take by a plan, at the rate of a step of `step` seconds.
+
+    Raises:
+        Unplanned: if the model cannot be gone through without data.
+    """
+    model, args, origin = run.model.anatomy.model, copy.copy(run.args), run.model.origin
+    args.sharded = args.offload = False  # what these save is by formula
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    formula = bool(job.bits or run.args.sharded)
+    whole = args.device.type == "cpu" and not formula
+    plan = Plan.of(
+        config,
+        args,
+        job.length,
+        origin.computed_dtype,
+        judged=sum(len(x) for x in run.held_out.values()),
+        stored=origin.stored_dtype if whole else None,
+        own=share_to_write(job),
+        packed=bool(job.bits),
+    )
+    phases = plan.phases()
+    timed = next((x for x in phases if x.steps), None)
+    plain = timed.need.flops / timed.steps / step if timed and step else None
+    rate = Rate.measured(origin.computed_dtype, args.device.type, plain)
+    peaks = _peaks(job, run, plan, phases)
+    entries = [entry(phase, rate, peaks[phase.name]) for phase in phases]
+    for x in entries:
+        if formula or run.args.offload:  # so is what they save
+            x |= {"how": FORMULA}
+        if x["phase"] == "write":
+            x |= {"seconds": writing, "how": "measured"}
+    return {"phases": entries, "seconds": sum(x["seconds"] for x in entries)}
+
+
+def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict[str, float]:
+    """Return each phase's bytes on the run's device."""
+    peaks = {x.name: x.need.peak for x in phases}
+    inside = {k: v for k, v in peaks.items() if k not in ("slice", "save")}  # of the dense model
+    if run.args.sharded:
+        return peaks | sharded(plan, inside, run.args.world_size)
+    if job.bits:
+        return peaks | in_bits(plan, inside, job.bits)
+    if plan.stored is not None:
+        return on_cpu({x.name: x.need for x in phases})
+    return peaks | (offloaded(plan, inside) if run.args.offload else {})
+
+
+def _reckoned(run: Run, writing: float, step: float | None) -> float:
+    """Return about how long a run takes that cannot be planned."""
+    cut, args = run.cut(), run.args
+    rounds = METHODS[args.method].reads > 0 and cut.tries_cuts
+    stops = len(stops_before(run.goals[-1].sparsity)) * rounds
+    # A scored or refitted block costs most of a step's share of one.
+    refits = stops + len(run.goals)
+    blocks = args.scored_blocks * (1 + stops) + args.refit_blocks * refits
+    each = args.train_batch_size * args.gradient_accumulation_steps
+    return writing + (step or 0.0) * (args.max_steps * len(run.goals) + blocks / each)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.prune_settings import PruneSettings
 from nuteprune.train.run_settings import check_same
 from nuteprune.train.targets import check_reached
 
@@ -89,14 +88,13 @@ def prune(
         RunFailed: if training breaks down or a target is missed.
     """
     given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
-    job = make_job(PruneJob, PruneSettings, {**given, **settings}, config)
+    job = make_job(PruneJob, {**given, **settings}, config)
     with quiet_loading():
-        result = finished(job, Output(quiet=quiet))
-    return None if result is None else result.summary()
+        return finished(job, Output(quiet=quiet))
 
 
-def finished(job: PruneJob, output: Output) -> Result | None:
-    """Do the job, print what came out, and write its report; see `run`.
+def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
+    """Do the job, print what came out, and write its report; see `run` and `Result.summary`.
 
     Raises:
         UserError: if no target is given, or for what `run` refuses.
@@ -104,10 +102,12 @@ def finished(job: PruneJob, output: Output) -> Result | None:
     """
     check_target(job)
     result = run(job, output)
-    if result is not None and result.plan is None:
+    if result is None:
+        return None
+    if result.plan is None:
         print_results(result.records, output)
         finish(job, result, output)
-    return result
+    return result.summary()
 
 
 def finish(job: PruneJob, result: Result, output: Output) -> None:
@@ -171,7 +171,7 @@ def run(
         made = make_run(job, config, bars)
         print_plan(job, made, output)
         if job.dry_run:
-            from nuteprune.jobs.dry_run import print_dry_run
+            from nuteprune.jobs.planned import print_dry_run
 
             plan = print_dry_run(job, made, output)
             return Result({}, plan) if is_main() else None

@@ -92,7 +92,7 @@ def recover(
         RunFailed: if training breaks down.
     """
     given = {"model": model, "out": out, "data": data, "against": against, "steps": steps}
-    job = make_job(RecoverJob, None, {**given, **settings})
+    job = make_job(RecoverJob, {**given, **settings})
     with quiet_loading():
         return finished(job, Output(quiet=quiet))
 

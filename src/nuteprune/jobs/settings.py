@@ -61,7 +61,6 @@ FILES = ("shape", "family", "costs", "own_text")
 
 def make_job(
     kind: type[J],
-    trainer: type | None,
     given: Mapping[str, Any],
     config: str | os.PathLike[str] | None = None,
     assignments: Iterable[str] = (),
@@ -70,7 +69,6 @@ def make_job(
 
     Args:
         kind: the dataclass of the job.
-        trainer: `PruneSettings`, where its trainer's settings are to go into `settings`; else None.
         given: options or keywords by the word that users have for them, or by full name; None
             where not given.
         config: YAML file with settings.
@@ -82,14 +80,15 @@ def make_job(
     if given["out"] == "":
         raise UserError("--out is empty: is a variable not set? Name a folder")
     file = None if config is None else at_home(Path(config))
-    assignments = list(assignments)
-    if trainer is not None and _is_progressive(file, assignments, given):
+    told = {} if file is None else read_mapping(file, "--config")
+    assigned = read_assignments(assignments)
+    now = {key: value for key, value in given.items() if value is not None}
+    trainer: type | None = PruneSettings if issubclass(kind, PruneJob) else None
+    if trainer is not None and {**told, **assigned, **now}.get("progressive") is True:
+        # Masks that move have settings of their own.
         trainer = import_module("nuteprune.progressive.settings").ProgressiveSettings
     kinds = [kind, *([trainer] if trainer else [])]
-    settings = read_given(file, assignments, kinds)
-    now = check({key: value for key, value in given.items() if value is not None}, kinds)
-    check_one(now, SETTINGS)
-    settings = winning(now, settings)
+    settings = winning(check(now, kinds), read_given(told, assigned, kinds))
     check_one(settings, SETTINGS)
     if settings.get("data") == []:
         raise UserError("data names no text: name some, or leave it out")
@@ -107,14 +106,6 @@ def make_job(
         ours = declared(trainer).keys() & settings.keys()
         trainer(**{key: settings[key] for key in ours})  # checks them
     return kind(**own)
-
-
-def _is_progressive(file: Path | None, assignments: list[str], given: Mapping[str, Any]) -> bool:
-    """Return whether settings ask for masks that move, which have settings of their own."""
-    before = read_mapping(file, "--config") if file is not None else {}
-    assigned = [x.partition("=")[2] for x in assignments if x.partition("=")[0] == "progressive"]
-    said = [before.get("progressive"), *map(yaml.safe_load, assigned), given.get("progressive")]
-    return next((x for x in reversed(said) if x is not None), False) is True
 
 
 def check_target(job: PruneJob) -> None:
@@ -147,18 +138,27 @@ def _known(kinds: Sequence[type], call: bool) -> dict[str, tuple[str, Any]]:
 
 
 def read_given(
-    config: Path | None, assignments: Iterable[str], kinds: Sequence[type]
+    told: Mapping[str, Any], assigned: Mapping[str, Any], kinds: Sequence[type]
 ) -> dict[str, Any]:
     """Return settings by their full names: those of a file, overridden by assignments.
 
     Args:
-        config: YAML file, a mapping of keys to values; None for none.
-        assignments: `key=value`, the value in YAML.
+        told: what the file says.
+        assigned: see `read_assignments`.
         kinds: the dataclasses that declare them.
 
     Raises:
-        UserError: for an unreadable file, an unknown key (names the nearest), or a value of the
-            wrong type.
+        UserError: for an unknown key (names the nearest), or a value of the wrong type.
+    """
+    rest = {key: x for key, x in told.items() if key not in assigned}
+    return winning(check(assigned, kinds, call=False), check(rest, kinds, call=False))
+
+
+def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return the values of `key=value`, each in YAML.
+
+    Raises:
+        UserError: for one that is written otherwise.
     """
     assigned = {}
     for assignment in assignments:
@@ -166,11 +166,7 @@ def read_given(
         if not equals:
             raise UserError(f"--set {assignment}: write it as key=value")
         assigned[key.strip()] = _parse(value, f"--set {key}")
-    of_file = {} if config is None else read_mapping(config, "--config")
-    of_file = check(
-        {key: x for key, x in of_file.items() if key not in assigned}, kinds, call=False
-    )
-    return winning(check(assigned, kinds, call=False), of_file)
+    return assigned
 
 
 def winning(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

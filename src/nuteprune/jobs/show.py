@@ -29,7 +29,7 @@ from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
 
 def print_tokens(vocab: Mapping[str, Any], output: Output) -> None:
     """Print how many tokens stay, and what that costs by itself."""
-    from nuteprune.jobs.vocab_text import costs  # few runs have it
+    from nuteprune.jobs.fewer_tokens import costs  # few runs have it
 
     output.line(
         f"Vocab   {vocab['after']} of {vocab['before']} tokens; quality is compared with the model "

@@ -17,7 +17,6 @@ from transformers import (
 )
 from transformers.utils.quantization_config import Mxfp4Config
 
-from nuteprune.data import demo as assets
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError, in_one_line, panics_as_errors
 from nuteprune.export.hub import record_path
@@ -51,7 +50,9 @@ def locate(model: str) -> str:
         UserError: if it looks like a path, and no folder is there.
     """
     if model == DEMO:
-        return str(assets.model_folder())
+        from nuteprune.data.demo import model_folder  # few runs prune it
+
+        return str(model_folder())
     check_name(model)
     looks_local = model.startswith(PATHS) or model.count("/") > 1
     if looks_local and not at_home(model).is_dir():
@@ -299,19 +300,19 @@ def pick_device(device: str) -> str:
     Raises:
         UserError: if torch does not have it.
     """
+    has_cuda = torch.cuda.is_available()
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if has_cuda else "cpu"
     kind, _, index = device.partition(":")
     if kind == "cuda" and index not in ("", "0"):
         raise UserError(
             f"device {device}: a run takes the first accelerator that it sees; pass --device cuda "
             f"and set CUDA_VISIBLE_DEVICES={index} before the command"
         )
-    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
+    if kind == "cpu" or (kind == "cuda" and has_cuda):
         return kind
     raise UserError(
-        f"device {device} is not here; this machine has cpu"
-        + (" and cuda" if torch.cuda.is_available() else "")
+        f"device {device} is not here; this machine has cpu{' and cuda' if has_cuda else ''}"
     )
 
 

@@ -13,10 +13,9 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from nuteprune.console import Bars, Output
-from nuteprune.data.demo import cache_folder
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import write_json
+from nuteprune.files import cache_folder, write_json
 from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype

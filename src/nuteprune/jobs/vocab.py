@@ -16,18 +16,14 @@ from nuteprune.data.mixture import GUARD
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import write_pruned
-from nuteprune.export.vocabulary import (
-    merges_of,
-    template_tokens,
-)
+from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
-from nuteprune.jobs.fewer_tokens import Cutter, Smaller
+from nuteprune.jobs.fewer_tokens import Cutter, Smaller, VocabText, costs, read_text
 from nuteprune.jobs.folder import clear
 from nuteprune.jobs.guard import alone, check_out
 from nuteprune.jobs.job import Job, VocabJob, tokens_asked
 from nuteprune.jobs.settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
-from nuteprune.jobs.vocab_text import VocabText, costs, read_text
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run_folder import VOCAB
@@ -64,7 +60,7 @@ def vocab(
     """
     if foreign := [x for x in VocabJob.NOT_HERE if settings.get(x) is not None]:
         raise UserError(f"setting {foreign[0]} has no use in vocab: leave it out")
-    job = make_job(VocabJob, None, {"model": model, "out": out, "data": data, **settings})
+    job = make_job(VocabJob, {"model": model, "out": out, "data": data, **settings})
     with quiet_loading():
         return run(job, keep, Output(quiet=quiet))
 
@@ -83,7 +79,7 @@ def run(job: Job, keep: int | str, output: Output) -> dict[str, Any]:
     """
     keep = tokens_asked(keep, "--keep")
     with alone(job.out):
-        check_out(job, resumes=False)
+        check_out(job)
         check_whole(job.model)
         record = cut(job, keep, job.out, output)
     _print(job, record, output)

@@ -1,4 +1,4 @@
-"""What a stage takes with many layers and batches, extrapolated from few.
+"""What a run needs: bytes of a model's parts, and what stages take, extrapolated from few layers.
 
 A decoder's layers are alike, so each adds the same; and so does each batch. Kernels are not alike:
 a CPU's library makes one for each size of a product, and keeps it.
@@ -7,17 +7,21 @@ a CPU's library makes one for each size of a product, and keeps it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from nuteprune.data.writing import fitting, most_cached
 from nuteprune.errors import UserError
+from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import LayerShape
 from nuteprune.plan.live import Live
+from nuteprune.train.config import NutePruneConfig
 
 SHORT = (2, 4)
 """Layers of the models that are run in place of a long one."""
@@ -200,3 +204,68 @@ def of_all_widths(several: Sequence[Masks]) -> Masks | None:
         values[kind] = torch.cat([masks.values[kind].split(sizes)[i] for masks, i in found])
     few = replace(shape, layers=shape.layers[: len(found)])
     return Masks(Layout(few, last.layout.head_dim), values)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parts, in the dtype of the run.
+
+    Args:
+        weights: all, tied ones once.
+        projections: the decoder layers' projections.
+        layer: of one decoder layer, the largest.
+        outside: of what is in no layer: embedding, head, final norm.
+        refitted: weights that the refit adds beside the base's, at most.
+        adapters: LoRA, in fp32.
+        cached: keys and values while the model writes.
+        together: how many texts it writes at a time, at most.
+        read: weights that a token reads, without the embedding.
+    """
+
+    weights: int
+    projections: int
+    layer: int
+    outside: int
+    refitted: int
+    adapters: int
+    cached: int
+    together: int
+    read: int
+
+    @classmethod
+    def of(
+        cls, anatomy: Anatomy, args: NutePruneConfig, length: int, kinds: Collection[str]
+    ) -> Sizes:
+        """Read the sizes off a model, whose tensors may be without data.
+
+        Args:
+            anatomy: the model.
+            args: the run's settings.
+            length: tokens per block.
+            kinds: of gates.
+        """
+        each = anatomy.model.dtype.itemsize
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers]
+        last, adapters = 0, 0
+        for i in range(len(anatomy.layers)):
+            ends = {projection.path for projection in anatomy.ends(i).values()}
+            for path in anatomy.family.adapted:
+                module = anatomy.without_lora(i, path)
+                if module is not None:
+                    adapters += args.lora_rank * sum(module.weight.shape)
+                    last += module.weight.numel() * (path in ends)
+            if "expert_neurons" in kinds and (mixture := anatomy.mixture(i)) is not None:
+                last += mixture.stack(mixture.down).numel() * (not mixture.entry.weighed_first)
+        total = anatomy.parameters()
+        table = 0 if anatomy.tied else anatomy.embedding.weight.numel()
+        return cls(
+            weights=total * each,
+            projections=Budget.of(anatomy).before * each,
+            layer=max(layers) * each,
+            outside=(total - sum(layers)) * each,
+            refitted=last * each,
+            adapters=adapters * 4,
+            cached=most_cached(anatomy.model, length),
+            together=fitting(anatomy.model, length),
+            read=(total - table) * each,
+        )

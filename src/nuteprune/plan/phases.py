@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from nuteprune.data.blocks import JUDGED
 from nuteprune.data.mixture import GUARD, tokens_to_write
@@ -27,12 +27,12 @@ from nuteprune.plan.need import (
     PARTS_OF_LAYERS,
     SHORT,
     Need,
+    Sizes,
     extended,
     in_batches,
     of_all_widths,
     shortened,
 )
-from nuteprune.plan.sizes import Sizes
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.train.asked import SETTINGS
@@ -86,7 +86,6 @@ class Plan:
         of_a_token: `active_before` and `active_after` at each target; empty where there are no
             experts.
         written: dtype of the files of a checkpoint.
-        kind: the model's class; None: the stock one of the config.
         judged: blocks of held-out text; None: not known, and one batch is gone through.
         stored: dtype of the checkpoint, if the run is on a CPU. Peaks then leave out mapped
             files: weights are mapped, unless the run computes in another dtype. None: a
@@ -104,7 +103,6 @@ class Plan:
     targets: tuple[float, ...]
     of_a_token: tuple[dict[str, int], ...]
     written: torch.dtype
-    kind: type[PreTrainedModel] | None = None
     judged: int | None = None
     stored: torch.dtype | None = None
     own: float = GUARD
@@ -127,7 +125,7 @@ class Plan:
         written = more.get("stored") or getattr(config, "dtype", None)
         written = written if isinstance(written, torch.dtype) else dtype
         with torch.device("meta"):
-            anatomy = Anatomy(model_of(config, dtype, more.get("kind")))
+            anatomy = Anatomy(model_of(config, dtype))
         allocator = make_allocator(anatomy, args)
         sizes = Sizes.of(anatomy, args, length, allocator.constraints.kinds)
         prices = Prices.of(anatomy, written, args)
@@ -148,8 +146,9 @@ class Plan:
         """Run a stage without data."""
 
         def run(config: PreTrainedConfig) -> Need:
-            how: dict[str, Any] = {"kind": self.kind, "stored": self.stored, "masks": masks}
-            return stage(Walk(config, self._by_share(config), self.length, self.dtype, **how))
+            args = self._by_share(config)
+            walk = Walk(config, args, self.length, self.dtype, stored=self.stored, masks=masks)
+            return stage(walk)
 
         if masks is not None:
             return run(shortened(self.config, len(masks.layout.shape.layers)))
@@ -167,7 +166,7 @@ class Plan:
         if asked in ("speedup", "shape"):  # which may bring kinds of their own
             args.gates = ",".join(self.allocator.constraints.kinds)
         with torch.device("meta"):
-            anatomy = Anatomy(model_of(config, self.dtype, self.kind))
+            anatomy = Anatomy(model_of(config, self.dtype))
         args.target_sparsity = 0.0
         most = make_allocator(anatomy, args).maximum()
         if most < min(self.targets):  # as where the first layer has to keep its attention
@@ -189,22 +188,15 @@ class Plan:
         return 0 if self.stored == self.dtype else self.sizes.weights
 
     @property
-    def _kinds(self) -> tuple[str, ...]:
-        return self.allocator.constraints.kinds
-
-    @property
     def refitted(self) -> int:
         """Bytes of refitted weights beside the base's own, at most; CPUs map them."""
         return self.sizes.refitted if self.args.refit and self.stored is None else 0
 
     @property
-    def _tries_cuts(self) -> bool:
-        return self.args.tried and not self.packed and set(self._kinds) <= set(INPUTS)
-
-    @property
     def stops(self) -> int:
         """How many times the remaining units are scored again."""
-        again = METHODS[self.args.method].reads > 0 and self._tries_cuts
+        can_try_cuts = not self.packed and set(self.allocator.constraints.kinds) <= INPUTS.keys()
+        again = METHODS[self.args.method].reads > 0 and self.args.tried and can_try_cuts
         return len(stops_before(self.targets[-1])) if again else 0
 
     @property
@@ -215,11 +207,6 @@ class Plan:
     @cached_property
     def _judged(self) -> Need:
         return self.walked(Walk.judge)
-
-    @property
-    def _block(self) -> float:
-        """Work of the dense model on a block."""
-        return self._judged.flops / JUDGED
 
     def _write(self) -> list[Phase]:
         read = (self.args.blocks, self.args.calibrated_blocks)
@@ -234,7 +221,8 @@ class Plan:
         cached = sizes.cached * short / self.length * together / sizes.together
         reading = math.ceil(texts / together) * short * (sizes.read + cached / 2)
         held = self._weights + sizes.adapters + sizes.cached
-        return [Phase("write", Need((held,), self._block * blocks), FORMULA, read=reading)]
+        work = self._judged.flops / JUDGED * blocks
+        return [Phase("write", Need((held,), work), FORMULA, read=reading)]
 
     def judge(self) -> Phase:
         """Return the phase of judging."""

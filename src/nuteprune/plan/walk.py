@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import UserError
-from nuteprune.export.loading import UNREADABLE
+from nuteprune.export.loading import UNREADABLE, causal_lm_of
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import READ
 from nuteprune.judge.perplexity import perplexities
@@ -42,7 +43,6 @@ class Walk:
         length: tokens per block.
         dtype: the one to compute in.
         model: one with data, to measure in place of planning; None: one without, from the config.
-        kind: the model's class; None: the stock one of the config.
         stored: dtype of the checkpoint, if the run is on a CPU. What is mapped from files is not
             counted then. None: a device, which holds all.
         masks: the cut; None: by chance, at the last target.
@@ -55,15 +55,13 @@ class Walk:
         length: int,
         dtype: torch.dtype,
         model: PreTrainedModel | None = None,
-        kind: type[PreTrainedModel] | None = None,
         stored: torch.dtype | None = None,
         masks: Masks | None = None,
     ) -> None:
-        self._args, self._length, self._stored = args, length, stored
-        self._config, self._kind = config, kind
+        self._config, self._args, self._length, self._stored = config, args, length, stored
         if model is None:
             with torch.device("meta"):
-                model = model_of(config, dtype, kind)
+                model = model_of(config, dtype)
         self._model: Prepared = prepare(model, args, stored)
         self._folder = Path(str(args.output_dir)) if stored is not None else None
         self._model.bank.folder = self._folder
@@ -187,24 +185,22 @@ class Walk:
         """Return the dense model anew as it is stored, mapped from its file."""
         self._model.free()
         with torch.device("meta"):
-            dense = model_of(self._config, self._model.origin.stored_dtype, self._kind)
+            dense = model_of(self._config, self._model.origin.stored_dtype)
         without_data(dense)
         for parameter in dense.parameters():
             live.leave(parameter)
         return dense
 
 
-def model_of(
-    config: PreTrainedConfig, dtype: torch.dtype, kind: type[PreTrainedModel] | None = None
-) -> PreTrainedModel:
-    """Return a model of a config, of the stock or another class, on the current device.
+def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model of a config, on the current device.
 
     Raises:
         UserError: if the class can make none.
     """
-    make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
+    kind: Any = causal_lm_of(config.model_type)
     try:
-        model: PreTrainedModel = make(config, dtype=dtype)
+        model: PreTrainedModel = kind._from_config(config, dtype=dtype)
     except UNREADABLE as error:
         raise UserError(f"no model can be made of this config: {error!r:.300}") from error
     model.eval()

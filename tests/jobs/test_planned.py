@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from nuteprune import NutePruneTrainer
 from nuteprune.console import Output, silent
 from nuteprune.data.blocks import BlockDataset
-from nuteprune.jobs.dry_run import print_dry_run
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.planned import Rate
+from nuteprune.jobs.planned import Rate, print_dry_run
 from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
 from nuteprune.plan.need import Need, Unplanned, on_cpu
@@ -49,7 +48,7 @@ def found(
     """Do a dry run of a model that writes nothing."""
     given = {"target_sparsity": sparsity, "max_steps": 3, "neuron_multiple": 4, "length": LENGTH}
     asked = {"model": "unused", "out": folder, "shares": [1.0], **given, **more}
-    job = make_job(PruneJob, NutePruneConfig, asked)
+    job = make_job(PruneJob, asked)
     args = trainer_config(dataclasses.replace(job, device="cpu"), folder)
     prepared = prepare(model, args)
     text = SimpleNamespace(
@@ -113,7 +112,7 @@ def test_where_no_step_is_run_a_dry_run_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     leave_unplanned(monkeypatch.setattr)
-    monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", lambda _: 1 / 0)
+    monkeypatch.setattr("nuteprune.jobs.planned.seconds_per_step", lambda _: 1 / 0)
     dry = found(tiny_model("llama"), tmp_path, output=Output(), max_steps=0)
     assert dry["seconds_per_step"] is None
     assert "no step was run" in capsys.readouterr().out
@@ -176,8 +175,8 @@ def test_what_is_reckoned_counts_rounds_and_re_fits(
     def unplanned(*_: Any) -> None:
         raise Unplanned("not this time")
 
-    monkeypatch.setattr("nuteprune.jobs.dry_run._planned", unplanned)
-    monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", lambda _: 2.0)
+    monkeypatch.setattr("nuteprune.jobs.planned._planned", unplanned)
+    monkeypatch.setattr("nuteprune.jobs.planned.seconds_per_step", lambda _: 2.0)
     dry = found(tiny_model("llama"), tmp_path, 0.5)
     assert dry["seconds"] == 2 * (3 + (96 * 2 + 144 * 2) / 4)
 
@@ -191,7 +190,7 @@ def test_the_peak_of_a_step_is_counted_from_its_beginning(
         told.append("step")
         return 1.0
 
-    monkeypatch.setattr("nuteprune.jobs.dry_run.reset_peak", lambda: told.append("reset"))
-    monkeypatch.setattr("nuteprune.jobs.dry_run.seconds_per_step", step)
+    monkeypatch.setattr("nuteprune.jobs.planned.reset_peak", lambda: told.append("reset"))
+    monkeypatch.setattr("nuteprune.jobs.planned.seconds_per_step", step)
     found(tiny_model("mixtral"), tmp_path)
     assert told == ["reset", "step"]
