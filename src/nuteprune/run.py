@@ -17,7 +17,6 @@ from nuteprune.data.mixture import Mixture
 from nuteprune.export.loading import in_dtype
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
-from nuteprune.judge.beside import Beside, judge_beside
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
@@ -25,7 +24,7 @@ from nuteprune.model.offload import bring_home
 from nuteprune.processes import agree, is_main
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
-from nuteprune.stages.judge import Figures, entries, judge
+from nuteprune.stages.judge import Figures, entries, judge, judge_beside
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
 from nuteprune.train.config import NutePruneConfig
@@ -179,8 +178,12 @@ class Run:
         assert trainer.sliced is not None
         return trainer.sliced
 
-    def judge(self, sliced: Sliced, dense: Figures | None) -> Beside:
-        """Judge a smaller model as its file will compute, beside the dense one."""
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Record:
+        """Judge a smaller model as its file will compute, beside the dense one.
+
+        Returns:
+            What a record says of it, and `samples` of answers where there are some.
+        """
         computed = self.model.origin.computed_dtype
         if self._dense is None:  # only now: the run's own was in memory till the last cut
             self._dense = self._placed(self.reload(computed))
@@ -194,7 +197,7 @@ class Run:
             self.progress("judge answers and context", 1, 1)
             if self.args.offload:  # as it is written
                 bring_home(sliced.model)
-        return Beside(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+        return entries(self.held_out, dense, found) | beside
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model on the device on which it is judged."""
@@ -202,12 +205,13 @@ class Run:
         place = str(self.args.device) if self.model.has_whole_weights else "cpu"
         return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
 
-    def save(self, trainer: NutePruneTrainer, judged: Beside) -> tuple[Path, Record]:
+    def save(self, trainer: NutePruneTrainer, judged: Record) -> tuple[Path, Record]:
         """Write a checkpoint with its record; returns its folder, and the record."""
-        write_json(trainer.run_folder / SAMPLES, judged.samples)
+        figures = dict(judged)
+        write_json(trainer.run_folder / SAMPLES, figures.pop("samples", []))
         folder = self.folder_of(trainer.goal)
         costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
-        record = {**judged.entries, **self.about(), **costs}
+        record = {**figures, **self.about(), **costs}
         return folder, trainer.save_pruned(folder, around=self.around, **record)
 
 

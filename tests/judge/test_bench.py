@@ -263,10 +263,10 @@ def test_a_worker_does_not_run_the_script_that_starts_it_again(folder: Path) -> 
     script = folder.parent / f"{folder.name}.py"  # as people write it, with no guard
     script.write_text(
         "import torch\n"
-        "from nuteprune.jobs.timing import Transformers\n"
+        "from nuteprune.jobs.timing import Engine\n"
         "from nuteprune.judge.worker import Worker\n"
         "print('begun')\n"
-        "engine = Transformers('cpu', torch.float32, threads=1)\n"
+        "engine = Engine('transformers', 'cpu', torch.float32, threads=1)\n"
         f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None).load) as worker:\n"
         "    print(worker.about.threads)\n"
     )

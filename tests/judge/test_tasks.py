@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from nuteprune.judge.verdicts import Verdicts
 
 from nuteprune.console import Output
 from nuteprune.errors import UserError
 from nuteprune.judge import tasks
 from nuteprune.judge.tasks import Figure, Score, Tasks, flips, read_scores
-from nuteprune.judge.verdicts import Verdicts
 
 QUESTIONS = [
     {"question": f"The teacher number {i} is", "choices": ["a student", "pruned"], "label": i % 2}

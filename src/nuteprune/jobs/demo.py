@@ -11,10 +11,9 @@ from nuteprune.data import demo as assets
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import Result, finish, run
-from nuteprune.jobs.show import print_end
+from nuteprune.jobs.show import print_beside, print_end
 from nuteprune.jobs.speed import measure_beside
 from nuteprune.judge.bench import say_ratio
-from nuteprune.judge.beside import print_beside
 from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RUN

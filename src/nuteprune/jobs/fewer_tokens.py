@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.splits import PROBES
 from nuteprune.export.vocabulary import check_spelling, cut_model, cut_tokenizer_of
-from nuteprune.judge.characters import bits_per_character
+from nuteprune.judge.perplexity import bits_per_character
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.vocabulary import Merges, choose
 

@@ -293,8 +293,8 @@ def tokens_asked(asked: int | str, option: str) -> int | str:
 
 def what_it_is(job: Job) -> dict[str, Any]:
     """Return the job's settings for settings.json, each spelled in one way."""
-    from nuteprune.jobs.sources import pick_dtype, place  # they load torch, which help never needs
-    from nuteprune.judge.units import dtype_name
+    from nuteprune.console import dtype_name  # these load rich and torch, which help never needs
+    from nuteprune.jobs.sources import pick_dtype, place
 
     named: dict[str, Any] = {"model": place(job.model), "data": [place(x) for x in job.specs]}
     named["dtype"] = dtype_name(pick_dtype(job.dtype, job.device))

@@ -34,6 +34,7 @@ from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
 from nuteprune.jobs.show import StepProgress
 from nuteprune.jobs.show_recover import print_recovered, print_recovery
+from nuteprune.judge.context import copying
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.judge.retention import retentions
 from nuteprune.judge.work import Work
@@ -41,7 +42,6 @@ from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import DENSE, RECORD, RUN
-from nuteprune.stages.judge import copies
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.run_settings import check_same
@@ -277,7 +277,7 @@ def _write(
     new = {**record, "recover": entry, "perplexity": judged_again(record, entry)}
     for key in ("copying", "answers", "context"):  # measured before the fine-tuning
         new.pop(key, None)
-    if (copied := copies(small, tokenizer)) is not None and "copying" in record:
+    if (copied := copying(small, tokenizer)) is not None and "copying" in record:
         new["copying"] = {**record["copying"], "after": copied.percent}
     return {**result, **write_again(job.out, small, tokenizer, new, sources.around(job.model))}
 

@@ -9,17 +9,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from nuteprune.console import Bars, Output, duration, megabytes, millions
+from nuteprune.console import Bars, Output, dtype_name, duration, megabytes, millions
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
-from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
-from nuteprune.judge.units import dtype_name
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.train.asked import spelled
@@ -162,6 +161,27 @@ def print_result(
         goal = f"{asked['kind']} {say(reached(record))} of {wanted}"
     output.line(f"Reached {record['sparsity']:.3%} of the decoder is gone ({goal})")
     print_end(folder, record, output)
+
+
+def print_beside(
+    record: Mapping[str, Any], samples: Sequence[Mapping[str, str]], output: Output
+) -> None:
+    """Print what a record says of answers and context, and answers side by side.
+
+    Args:
+        record: with `answers` and `context`, or one of them, or neither.
+        samples: as `read_samples` returns them.
+        output: where to.
+    """
+    tables = {"Answers": answer_rows(record), "Context": context_rows(record)}
+    for title, rows in tables.items():
+        if rows:
+            output.line()
+            output.table(title, ["", "dense", "pruned"], [list(row.cells) for row in rows])
+    for sample in samples:
+        output.line(f"The {sample['which']} answer, by repeats: {sample['prompt']}")
+        for who in ("dense", "pruned"):
+            output.line(f"  {who}: {' '.join(sample[who].split())}")
 
 
 def print_end(folder: Path, record: Mapping[str, Any], output: Output) -> None:

@@ -19,18 +19,21 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from nuteprune.console import Bars
+from nuteprune.console import Bars, dtype_name
 from nuteprune.errors import UserError
 from nuteprune.export.record import weights_size
+from nuteprune.files import write_json
 from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
 from nuteprune.judge.bench import Timing, advice, compare, say_ratio, summarize
 from nuteprune.judge.llama_cpp import LlamaCppRunner, require_binding
-from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Work, Workload
 from nuteprune.judge.worker import Runner, TorchRunner, Worker
 from nuteprune.model.family_file import from_dict, to_dict
 from nuteprune.model.lookup import all_brought_along, bring_along
 
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
+ENGINES = (TRANSFORMERS, LLAMA_CPP)
+"""What runs models; the default first."""
 GGUF_TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 REPORTED = (
     ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
@@ -55,33 +58,31 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Transformers:
-    """Plain transformers, which loads a checkpoint as it is.
+class Engine:
+    """A program that runs models, and how it does.
 
     Args:
+        name: one of `ENGINES`.
         device: `cpu` or `cuda`.
-        dtype: the one to compute in.
+        dtype: the one to compute in; of llama.cpp that of matrices in the file.
         threads: on a CPU; None: as many as torch takes.
     """
 
+    name: str
     device: str
     dtype: torch.dtype
     threads: int | None = None
 
-    @classmethod
-    def from_options(cls, device: str, dtype: str, threads: int | None = None) -> Transformers:
-        """Return the engine that these options ask for; they may be `auto`."""
-        kind = pick_device(device)
-        return cls(kind, pick_dtype(dtype, kind), threads)
-
     def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Make a model ready; nothing is written.
+        """Make a model ready: transformers loads it as it is, for llama.cpp it is exported.
 
         Args:
             model: as the user named it.
             place: a path that is free for it, in a folder that lives as long as the workers.
             bars: where progress is shown.
         """
+        if self.name == LLAMA_CPP:
+            return self._exported(model, place.with_suffix(".gguf"), bars)
         own = tuple(map(to_dict, all_brought_along()))
         return Ready(partial(self._load, model, own), partial(_on_disk, model))
 
@@ -95,38 +96,10 @@ class Transformers:
         loaded.to(self.device)  # type: ignore[arg-type]
         return TorchRunner(loaded)
 
-
-@dataclass(frozen=True)
-class LlamaCpp:
-    """llama.cpp on the CPU, which loads GGUF files: a model is exported first.
-
-    Args:
-        dtype: that of matrices in the file.
-        threads: None: as many as torch takes.
-    """
-
-    dtype: torch.dtype
-    threads: int | None = None
-    device = "cpu"
-
-    @classmethod
-    def from_options(cls, device: str, dtype: str, threads: int | None) -> LlamaCpp:
-        """Return the engine that these options ask for; they may be `auto`.
-
-        Raises:
-            UserError: if its binding is not installed, or another device is asked for.
-        """
-        require_binding()
-        if device not in ("auto", cls.device):
-            raise UserError(f"device {device}: llama.cpp is timed on the CPU; leave --device out")
-        # The exporter's default, whatever the hardware: what people run.
-        return cls(pick_dtype("float16" if dtype == "auto" else dtype, cls.device), threads)
-
-    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Export a model to a file at `place`; see `Transformers.prepare`."""
+    def _exported(self, model: str, file: Path, bars: Bars) -> Ready:
         from nuteprune.export.gguf.write import write_gguf  # what others do not need
 
-        loaded, file = load_model(model, None), place.with_suffix(".gguf")
+        loaded = load_model(model, None)
         written = write_gguf(
             loaded,
             load_tokenizer(model, remedy="leave --engine out, since transformers needs none"),
@@ -140,24 +113,22 @@ class LlamaCpp:
         return Ready(load, lambda: written.bytes)
 
 
-Engine = Transformers | LlamaCpp
-"""A program that runs models on a device in a dtype; `prepare` makes a model ready for it."""
-ENGINES: dict[str, Callable[[str, str, int | None], Engine]] = {
-    "transformers": Transformers.from_options,
-    "llama.cpp": LlamaCpp.from_options,
-}
-"""Name -> what makes the engine of device, dtype and threads; the default first."""
-
-
-def pick_engine(name: str, device: str, dtype: str, threads: int | None) -> Engine:
-    """Return the engine that options name.
+def pick_engine(name: str, device: str, dtype: str, threads: int | None = None) -> Engine:
+    """Return the engine that options ask for; device and dtype may be `auto`.
 
     Raises:
         UserError: if the engine is unknown, or cannot run here with these options.
     """
     if name not in ENGINES:
         raise UserError(f"--engine {name} is unknown; pass one of {', '.join(ENGINES)}")
-    return ENGINES[name](device, dtype, threads)
+    if name == LLAMA_CPP:
+        require_binding()
+        if device not in ("auto", "cpu"):
+            raise UserError(f"device {device}: llama.cpp is timed on the CPU; leave --device out")
+        # The exporter's default, whatever the hardware: what people run.
+        device, dtype = "cpu", "float16" if dtype == "auto" else dtype
+    kind = pick_device(device)
+    return Engine(name, kind, pick_dtype(dtype, kind), threads)
 
 
 def _on_disk(model: str) -> int | None:
@@ -261,14 +232,16 @@ def _result(
     return {
         "model": first.name,
         "against": list(workers)[1] if len(workers) == 2 else None,
-        "engine": first.about.engine,
-        "hardware": first.about.hardware,
-        "threads": first.about.threads,
-        "attention": first.about.attention,
+        **{x: getattr(first.about, x) for x in ("engine", "hardware", "threads", "attention")},
         "models": models,
         "settings": measured,
         "advice": advice(faster, first.about.work),
     }
+
+
+def write_speed(path: Path, found: dict[str, Any]) -> None:
+    """Keep what was measured of two models for the report."""
+    write_json(path, {**found, **for_report(found)})
 
 
 def conditions(found: dict[str, Any]) -> str:

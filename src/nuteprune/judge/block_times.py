@@ -21,12 +21,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from nuteprune.console import dtype_name
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.gates.costs import PHASES, SCHEMA
 from nuteprune.judge.bench import PASSES, hardware_of, time_once
-from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS

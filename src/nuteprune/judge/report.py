@@ -17,11 +17,10 @@ from nuteprune.export.record import perplexities_of
 from nuteprune.files import atomic, write_text, writing
 from nuteprune.gates.budget import share_gone
 from nuteprune.judge import plots
-from nuteprune.judge.drawing import POINTS, Plot, percent
+from nuteprune.judge.drawing import POINTS, THIN, Plot, count, duration, number, percent, size
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.plots import LayerRow
 from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
-from nuteprune.judge.units import THIN, count, duration, number, size
 from nuteprune.model.shape import MLP_COUNTS, SAID
 from nuteprune.run_folder import CARD, REPORT
 
