@@ -267,7 +267,7 @@ def test_a_worker_does_not_run_the_script_that_starts_it_again(folder: Path) -> 
         "from nuteprune.judge.worker import Worker\n"
         "print('begun')\n"
         "engine = Engine('transformers', 'cpu', torch.float32, threads=1)\n"
-        f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None).load) as worker:\n"
+        f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None)) as worker:\n"
         "    print(worker.about.threads)\n"
     )
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

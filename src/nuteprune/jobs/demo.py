@@ -40,6 +40,7 @@ def with_defaults(job: PruneJob) -> PruneJob:
     memory = {} if MEMORY.keys() & job.settings.keys() else MEMORY
     job.settings = {**target, **memory, **job.settings}
     has_steps = "max_steps" in job.settings or job.settings.get("progressive")
+    job.after, job.may_exceed = COMPARED, job.minutes is None
     if job.minutes is None and not has_steps:
         job.minutes = MINUTES
     return job
@@ -47,8 +48,7 @@ def with_defaults(job: PruneJob) -> PruneJob:
 
 def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     """Prune, compare and print; returns the record with what was measured."""
-    by_default = job.minutes is None
-    result = run(with_defaults(job), output, COMPARED, may_exceed=by_default)
+    result = run(with_defaults(job), output)
     if result is None:
         return None
     return result.plan if result.plan is not None else compare(job, result, output)

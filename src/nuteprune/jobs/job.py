@@ -112,6 +112,8 @@ class PruneJob(Job):
         own_text: file of text that the model has written; None: the run lets it write.
         settings: those of `NutePruneConfig` that are given.
         started: time of the command, by `time.monotonic`.
+        after: time that the written results still take, as a multiple of judging the dense model.
+        may_exceed: whether a run that has too few minutes takes longer.
     """
 
     shares: list[float] | str | None = option(
@@ -147,6 +149,8 @@ class PruneJob(Job):
     dry_run: bool = option("Say what the run would do and take; write nothing.", False, role=CALL)
     settings: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic, compare=False)
+    after: float = 0.0
+    may_exceed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

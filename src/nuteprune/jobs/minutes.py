@@ -87,17 +87,13 @@ class Rates:
     first: float = 0.0
 
 
-def within_minutes(
-    job: PruneJob, scratch: Path, output: Output, after: float = 0.0, may_exceed: bool = False
-) -> PruneJob:
+def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
     """Return a job with the settings that its minutes allow; see `shared_out`.
 
     Args:
         job: a job with minutes. One that goes on with a run gets that run's plan.
         scratch: a folder for what nobody keeps.
         output: prints the plan.
-        after: see `steps_in_time_of`.
-        may_exceed: whether a run that has too little time takes what it needs.
 
     Raises:
         UserError: if there is no time for anything sensible, or steps are given too.
@@ -112,7 +108,7 @@ def within_minutes(
         rates = _measured(trial)
     left = seconds - (time.monotonic() - job.started)
     rates, left = _agreed(rates, left)
-    settings, step, judging = shared_out(job, trial, rates, left, after, may_exceed)
+    settings, step, judging = shared_out(job, trial, rates, left)
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
         f"about {settings['max_steps']} steps of {step:.1f} s; {duration(judging)} to judge"
@@ -163,8 +159,6 @@ def shared_out(
     trial: Run,
     rates: Rates,
     seconds: float,
-    after: float = 0.0,
-    may_exceed: bool = False,
 ) -> tuple[dict[str, Any], float, float]:
     """Return the settings that fit into the time: blocks, steps, text.
 
@@ -173,8 +167,6 @@ def shared_out(
         trial: a run of it that has not begun.
         rates: those of the machine.
         seconds: the time left.
-        after: see `steps_in_time_of`.
-        may_exceed: whether to return the least sensible plan if it takes longer.
 
     Returns:
         Settings by name, the seconds of a step, and those of judging the dense model and the
@@ -184,7 +176,7 @@ def shared_out(
         UserError: if there is no time for anything sensible.
     """
     sources = max(1, len(trial.held_out))
-    models = 1 + len(trial.goals) * (1 + BESIDE) + after
+    models = 1 + len(trial.goals) * (1 + BESIDE) + job.after
     judged = JUDGE * rates.block * sources * models  # seconds, a block of each source
     each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
     judging = judged * each
@@ -200,7 +192,7 @@ def shared_out(
         if before <= share * left and steps >= FEWEST:
             break
     else:
-        if not may_exceed:
+        if not job.may_exceed:
             needed = before + judging + FEWEST * step + time.monotonic() - job.started
             raise UserError(
                 f"--minutes {job.minutes} is too little time: on this machine "
@@ -236,16 +228,8 @@ def _times(job: PruneJob, trial: Run, rates: Rates, args: NutePruneConfig) -> tu
     return blocks * rates.block + text, step
 
 
-def steps_in_time_of(
-    job: PruneJob, after: float = 0.0
-) -> Callable[[Run, NutePruneTrainer], int] | None:
-    """Return a function for the number of steps in the time left; None if the plan is settled.
-
-    Args:
-        job: the job.
-        after: time that the written results still take, as a multiple of judging the dense
-            model.
-    """
+def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int] | None:
+    """Return a function for the number of steps in the time left; None if the plan is settled."""
     end = job.started + _asked(job)
     if is_stated(job):
         return None
@@ -253,7 +237,7 @@ def steps_in_time_of(
     def steps_in_time(run: Run, trainer: NutePruneTrainer) -> int:
         goals = len(run.goals) - run.goals.index(trainer.goal)
         dense = run.products.costs.get("judge", {}).get("seconds", 0.0)
-        judging = dense * (goals * (1 + BESIDE) + after)
+        judging = dense * (goals * (1 + BESIDE) + job.after)
         step = seconds_per_step(trainer) * goals
         return max(FEWEST, math.floor((end - time.monotonic() - judging) / step))
 

@@ -44,20 +44,6 @@ REPORTED = (
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A model that a worker can load.
-
-    Args:
-        load: loads it, in the worker's process.
-        bytes_on_disk: gives those of the files that it is loaded from, None where they cannot be
-            told; a hub's are there once it was loaded.
-    """
-
-    load: Callable[[], Runner]
-    bytes_on_disk: Callable[[], int | None]
-
-
-@dataclass(frozen=True)
 class Engine:
     """A program that runs models, and how it does.
 
@@ -73,18 +59,22 @@ class Engine:
     dtype: torch.dtype
     threads: int | None = None
 
-    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Make a model ready: transformers loads it as it is, for llama.cpp it is exported.
+    def prepare(self, model: str, place: Path, bars: Bars) -> Callable[[], Runner]:
+        """Return what loads a model, in a worker's process; for llama.cpp it is exported.
 
         Args:
             model: as the user named it.
-            place: a path that is free for it, in a folder that lives as long as the workers.
+            place: a path that is free for its file, in a folder that lives as long as the workers.
             bars: where progress is shown.
         """
         if self.name == LLAMA_CPP:
-            return self._exported(model, place.with_suffix(".gguf"), bars)
+            return self._exported(model, place, bars)
         own = tuple(map(to_dict, all_brought_along()))
-        return Ready(partial(self._load, model, own), partial(_on_disk, model))
+        return partial(self._load, model, own)
+
+    def bytes_on_disk(self, model: str, place: Path) -> int | None:
+        """Return the bytes of the files of a loaded model, None where they cannot be told."""
+        return place.stat().st_size if self.name == LLAMA_CPP else _on_disk(model)
 
     def _load(self, model: str, own: tuple[dict[str, Any], ...]) -> TorchRunner:
         """Load a model in the worker's process, after registering the users' families there."""
@@ -96,11 +86,11 @@ class Engine:
         loaded.to(self.device)  # type: ignore[arg-type]
         return TorchRunner(loaded)
 
-    def _exported(self, model: str, file: Path, bars: Bars) -> Ready:
+    def _exported(self, model: str, file: Path, bars: Bars) -> Callable[[], Runner]:
         from nuteprune.export.gguf.write import write_gguf  # what others do not need
 
         loaded = load_model(model, None)
-        written = write_gguf(
+        write_gguf(
             loaded,
             load_tokenizer(model, remedy="leave --engine out, since transformers needs none"),
             file,
@@ -109,8 +99,7 @@ class Engine:
         )
         work = dataclasses.replace(Work.of(loaded), bytes_per_parameter=self.dtype.itemsize)
         positions = getattr(loaded.config, "max_position_embeddings", None)
-        load = partial(LlamaCppRunner, str(file), work, positions, self.threads)
-        return Ready(load, lambda: written.bytes)
+        return partial(LlamaCppRunner, str(file), work, positions, self.threads)
 
 
 def pick_engine(name: str, device: str, dtype: str, threads: int | None = None) -> Engine:
@@ -169,12 +158,31 @@ def measure(
         torch.cuda.empty_cache()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ready = {name: engine.prepare(name, folder / str(i), bars) for i, name in enumerate(names)}
-        workers = {name: stack.enter_context(Worker(name, one.load)) for name, one in ready.items()}
+        places = {name: folder / f"{i}.gguf" for i, name in enumerate(names)}
+        loads = {name: engine.prepare(name, place, bars) for name, place in places.items()}
+        workers = {name: stack.enter_context(Worker(name, load)) for name, load in loads.items()}
         _check_positions(workers, settings)
-        timings = [_time(workers, setting, repeats, bars) for setting in settings]
-    found = _result(workers, ready, settings, timings)
-    return {**found, "device": engine.device, "dtype": dtype_name(engine.dtype), "repeats": repeats}
+        measured = [_timed(workers, setting, repeats, bars) for setting in settings]
+        models = {}
+        for name, worker in workers.items():
+            work = worker.about.work
+            models[name] = {
+                **dataclasses.asdict(work),
+                "bytes_in_memory": work.parameters * work.bytes_per_parameter,
+                "bytes_on_disk": engine.bytes_on_disk(name, places[name]),
+            }
+    first = workers[names[0]].about
+    return {
+        "model": names[0],
+        "against": names[1] if len(names) == 2 else None,
+        **{x: getattr(first, x) for x in ("engine", "hardware", "threads", "attention")},
+        "models": models,
+        "settings": measured,
+        "advice": advice([x["speedup"] for x in measured if "speedup" in x], first.work),
+        "device": engine.device,
+        "dtype": dtype_name(engine.dtype),
+        "repeats": repeats,
+    }
 
 
 def _check_positions(workers: dict[str, Worker], settings: Sequence[Workload]) -> None:
@@ -187,56 +195,24 @@ def _check_positions(workers: dict[str, Worker], settings: Sequence[Workload]) -
             )
 
 
-def _time(
+def _timed(
     workers: dict[str, Worker], setting: Workload, repeats: int, bars: Bars
-) -> dict[str, list[Timing]]:
-    """Let the workers take turns, in an order that turns round each time."""
-    timings: dict[str, list[Timing]] = {name: [] for name in workers}
+) -> dict[str, Any]:
+    """Let the workers take turns, in an order that turns round each time; return the figures."""
+    passes: dict[str, list[Timing]] = {name: [] for name in workers}
     what = f"batch {setting.batch_size}, prompt {setting.length}"
     for repeat in range(repeats + 1):
         for name in list(workers)[:: -1 if repeat % 2 else 1]:
             timing = workers[name].time(setting)
             if repeat:
-                timings[name].append(timing)
+                passes[name].append(timing)
         bars.update(what, repeat, repeats)
-    return timings
-
-
-def _result(
-    workers: dict[str, Worker],
-    ready: dict[str, Ready],
-    settings: Sequence[Workload],
-    timings: Sequence[dict[str, list[Timing]]],
-) -> dict[str, Any]:
-    """Return all figures, fit for JSON."""
-    first = next(iter(workers.values()))
-    models = {
-        name: {
-            **dataclasses.asdict(worker.about.work),
-            "bytes_in_memory": worker.about.work.parameters * worker.about.work.bytes_per_parameter,
-            "bytes_on_disk": ready[name].bytes_on_disk(),
-        }
-        for name, worker in workers.items()
-    }
-    measured = []
-    for setting, found in zip(settings, timings, strict=True):
-        entry: dict[str, Any] = {
-            **dataclasses.asdict(setting),
-            "models": {name: summarize(setting, passes) for name, passes in found.items()},
-        }
-        if len(workers) == 2:
-            (ours, dense), works = found.values(), [x.about.work for x in workers.values()]
-            entry["speedup"] = compare(setting, ours, dense, *works)
-        measured.append(entry)
-    faster = [entry["speedup"] for entry in measured if "speedup" in entry]
-    return {
-        "model": first.name,
-        "against": list(workers)[1] if len(workers) == 2 else None,
-        **{x: getattr(first.about, x) for x in ("engine", "hardware", "threads", "attention")},
-        "models": models,
-        "settings": measured,
-        "advice": advice(faster, first.about.work),
-    }
+    models = {name: summarize(setting, timings) for name, timings in passes.items()}
+    found: dict[str, Any] = {**dataclasses.asdict(setting), "models": models}
+    if len(workers) == 2:
+        works = [worker.about.work for worker in workers.values()]
+        found["speedup"] = compare(setting, *passes.values(), *works)
+    return found
 
 
 def write_speed(path: Path, found: dict[str, Any]) -> None:

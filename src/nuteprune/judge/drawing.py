@@ -20,7 +20,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from nuteprune.console import megabytes, scaled
@@ -182,7 +182,7 @@ def steps_axis(axes: Axes) -> None:
     """Label an axis of steps, which are whole."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def legend(axes: Axes) -> None:
@@ -196,11 +196,5 @@ def legend(axes: Axes) -> None:
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
         ncols=columns,
-        borderpad=0.2,
-        borderaxespad=0.2,
-        handlelength=1.3,
-        handletextpad=0.5,
-        labelspacing=0.25,
-        columnspacing=1.2,
     )
     made.set_in_layout(False)  # the title's pad makes room for it
