@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nuteprune.judge.verdicts import Verdicts
 
 from nuteprune.console import Output
 from nuteprune.errors import UserError
+from nuteprune.jobs.verdicts import Verdicts
 from nuteprune.judge import tasks
 from nuteprune.judge.tasks import Figure, Score, Tasks, flips, read_scores
 

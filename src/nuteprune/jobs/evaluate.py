@@ -82,8 +82,8 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
                 verdicts.perplexity[one.name] = found
             own = sources.load_tokenizer(one.source, asked.trust_remote_code)
             seed = SEED if asked.copying_seed is None else asked.copying_seed
-            copied = copying(loaded, own, seed=seed, batch_size=asked.batch_size)
-            verdicts.copying |= {one.name: copied} if copied is not None else {}
+            if copied := copying(loaded, own, seed=seed, batch_size=asked.batch_size):
+                verdicts.copying[one.name] = copied
             if questions is not None:
                 verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
             if beside:
@@ -94,9 +94,9 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         if beside:
             bars.update("answers and context", 0, 1)
             text = {name: blocks.tokens_NT for name, blocks in cut.items()}
-            how: dict[str, Any] = {"prompts": prompts, "tokens": asked.answer_tokens}
-            how["blocks"] = BLOCKS
-            verdicts.beside = judge_beside(held[-1], held[0], tokenizer, text, **how)
+            pruned, dense = held
+            how: dict[str, Any] = {"tokens": asked.answer_tokens, "blocks": BLOCKS}
+            verdicts.beside = judge_beside(dense, pruned, tokenizer, text, prompts=prompts, **how)
             bars.update("answers and context", 1, 1)
     if asked.against is not None:
         verdicts.compare(asked.model, asked.against)

@@ -100,7 +100,11 @@ def recover(
 def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Do the job, and print what came out; returns the same as `recover`."""
     with alone(job.out) if is_main() else nullcontext():
-        _check(job)
+        if is_main():  # the others may come when it has begun to write
+            for model in filter(None, (job.model, job.against)):
+                check_out(replace(job, model=model))
+        if job.steps is not None and job.epochs is not None:
+            raise UserError("--steps and --epochs both say how long; pass one of them")
         tuned = _run(job, output)
     if tuned is None:
         return None
@@ -166,14 +170,6 @@ def _tune(
     }
     work = Work.of(small)
     return Tuned(_write(job, small, tokenizer, record, entry), work.blocks + work.head)
-
-
-def _check(job: RecoverJob) -> None:
-    if is_main():  # the others may come when it has begun to write
-        for model in filter(None, (job.model, job.against)):
-            check_out(replace(job, model=model))
-    if job.steps is not None and job.epochs is not None:
-        raise UserError("--steps and --epochs both say how long; pass one of them")
 
 
 def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:

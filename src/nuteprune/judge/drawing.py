@@ -187,14 +187,8 @@ def steps_axis(axes: Axes) -> None:
 
 def legend(axes: Axes) -> None:
     """Put the legend between title and plot, three to a row."""
-    handles, labels = axes.get_legend_handles_labels()
     columns = 3
-    axes.set_title(axes.get_title(loc="left"), pad=10 + 14 * -(-len(labels) // columns))
-    made = axes.legend(
-        handles,
-        labels,
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=columns,
-    )
+    made = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns)
+    rows = -(-len(made.get_texts()) // columns)
+    axes.set_title(axes.get_title(loc="left"), pad=10 + 14 * rows)
     made.set_in_layout(False)  # the title's pad makes room for it

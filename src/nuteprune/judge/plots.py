@@ -50,6 +50,12 @@ class LayerRow:
     kept: Sequence[int]
     before: Sequence[int]
 
+    @property
+    def shares(self) -> dict[int, float]:
+        """Layer -> share that it kept, of layers that had something to keep."""
+        pairs = zip(self.kept, self.before, strict=True)
+        return {layer: kept / before for layer, (kept, before) in enumerate(pairs) if before}
+
 
 def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float] | None) -> Plot:
     """Draw the sparsity of student and teacher, and the target, over the steps.
@@ -115,14 +121,11 @@ def layers_plot(rows: Sequence[LayerRow]) -> Plot:
     count = len(rows[0].kept)
     with new_figure("Kept in each layer", 62 + 40 * len(rows)) as (figure, axes):
         for i, row in enumerate(rows):
-            for layer, (kept, before) in enumerate(zip(row.kept, row.before, strict=True)):
-                if before:  # else there was nothing to keep
-                    _cell(axes, layer, i, kept / before)
-        axes.set_xlim(-0.5, count - 0.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+            for layer, share in row.shares.items():
+                _cell(axes, layer, i, share)
+        axes.set(xlim=(-0.5, count - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="layer")
         axes.set_yticks(range(len(rows)), [row.name for row in rows], color=COLOURS["ink"])
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.set_xlabel("layer")
         axes.grid(False)
         axes.spines[:].set_visible(False)
         _scale(figure)
@@ -147,7 +150,7 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike) -> Plot:
         bins = max(8, min(48, int(np.sqrt(max(1, len(score_N))) * 2)))
         low, high = (score_N.min(), score_N.max()) if len(score_N) else (0.1, 1.0)
         edges: Any = np.geomspace(low, high if high > low else low * 2, bins + 1)
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlabel="score (loss if removed)")
         axes.xaxis.set_major_formatter(lambda x, _: power(x))
         axes.xaxis.set_minor_formatter(NullFormatter())
         groups = [(~kept_N, "orange", "removed"), (kept_N, "blue", "kept")]
@@ -160,7 +163,6 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike) -> Plot:
             edgecolor=COLOURS["paper"],
             linewidth=0.4,
         )
-        axes.set_xlabel("score (loss if removed)")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter("{x:,.0f}")
         legend(axes)
@@ -262,9 +264,7 @@ def _scale(figure: Figure) -> None:
 
 
 def _row_in_words(row: LayerRow) -> str:
-    pairs = zip(row.kept, row.before, strict=True)
-    shares = {layer: kept / before for layer, (kept, before) in enumerate(pairs) if before}
-    said = f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept"
+    said, shares = f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept", row.shares
     if not shares:
         return f"{said}."
     least = min(shares, key=lambda layer: shares[layer])
