@@ -210,8 +210,8 @@ def _timed(
     models = {name: summarize(setting, timings) for name, timings in passes.items()}
     found: dict[str, Any] = {**dataclasses.asdict(setting), "models": models}
     if len(workers) == 2:
-        works = [worker.about.work for worker in workers.values()]
-        found["speedup"] = compare(setting, *passes.values(), *works)
+        (ours, dense), works = passes.values(), [x.about.work for x in workers.values()]
+        found["speedup"] = compare(setting, ours, dense, *works)
     return found
 
 

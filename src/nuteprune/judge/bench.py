@@ -49,18 +49,15 @@ def time_once(model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int) -> Tim
         prompt_BT: token ids to start from, on the model's device.
         new_tokens: tokens decoded after the first one.
     """
-    _wait(model)
-    started = time.perf_counter()
+    started = _now(model)
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     key = cache_name(output)
     next_B1 = output.logits[:, -1:].argmax(-1)
-    _wait(model)
-    known = time.perf_counter()
+    known = _now(model)
     for _ in range(new_tokens):
         output = model(input_ids=next_B1, use_cache=True, logits_to_keep=1, **{key: output[key]})
         next_B1 = output.logits[:, -1:].argmax(-1)
-    _wait(model)
-    return Timing(known - started, time.perf_counter() - known)
+    return Timing(known - started, _now(model) - known)
 
 
 def hardware_of(device: torch.device | str) -> str:
@@ -69,9 +66,11 @@ def hardware_of(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _wait(model: PreTrainedModel) -> None:
+def _now(model: PreTrainedModel) -> float:
+    """Return the time, in seconds, when the model's device has done what it was told."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+    return time.perf_counter()
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -117,14 +117,14 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         "duration": duration,
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
     }
-    record = files.record
-    commands, recipe = again(record or {}, files.folder.name)
+    record = files.record or {}
+    commands, recipe = again(record, files.folder.name)
     return environment.get_template("report.html").render(
-        name=str((record or {}).get("base_model") or files.folder.name),
+        name=str(record.get("base_model") or files.folder.name),
         record=record,
         verdict=verdict(files),
         table=headline(record, files.speed) if record else [],
-        definitions=definitions(record or {}),
+        definitions=definitions(record),
         rows=kept_rows(record) if record else [],
         files=files,
         last=files.metrics[-1] if files.metrics else None,
@@ -132,7 +132,6 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         plots=drawn,
         points=POINTS,
         gates=[plot for name, plot in drawn.items() if name.startswith("gates_")],
-        ramped=pruning_steps(files) and _ramped(files.metrics),
         commands=commands,
         recipe=recipe,
     )
