@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
@@ -21,7 +20,7 @@ from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
-from nuteprune.processes import agree, is_main
+from nuteprune.processes import is_main, main_ones
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
 from nuteprune.stages.judge import Figures, entries, judge, judge_beside
@@ -151,21 +150,16 @@ class Run:
         trainer.masks, trainer.weights = masks, weights
         if is_main():
             write_json(trainer.run_folder / TEXT, self.text.training.fingerprint.to_dict())
-        self._settle_steps(trainer)
+        if self.steps_in_time is not None:
+            self.args.max_steps = trainer.args.max_steps = main_ones(
+                self.steps_in_time(self, trainer)
+            )
         with self.products.measured("teach"):
             if self.args.max_steps > 0:
                 begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
                 trainer.train(resume_from_checkpoint=begun or None)
             trainer.settle()
         return trainer
-
-    def _settle_steps(self, trainer: NutePruneTrainer) -> None:
-        """Set the number of steps that the remaining time allows; all processes take part."""
-        if self.steps_in_time is None:
-            return
-        count = torch.tensor(self.steps_in_time(self, trainer))
-        agree([count])
-        self.args.max_steps = trainer.args.max_steps = int(count)
 
     def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
         """Merge, fold and cut; for the last goal the run's own model, if possible."""

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nuteprune.console import Output, duration
 from nuteprune.data.mixture import tokens_to_write
 from nuteprune.errors import UserError
@@ -26,7 +24,7 @@ from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, trainer_config
 from nuteprune.plan.trial import seconds_per_step
-from nuteprune.processes import agree
+from nuteprune.processes import main_ones
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.score import stops_before, with_gradients
@@ -107,7 +105,7 @@ def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
         trial = make_run(small, trainer_config(small, scratch), bars)
         rates = _measured(trial)
     left = seconds - (time.monotonic() - job.started)
-    rates, left = _agreed(rates, left)
+    rates, left = main_ones((rates, left))  # all processes make the main one's plan
     settings, step, judging = shared_out(job, trial, rates, left)
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
@@ -144,14 +142,6 @@ def _measured(run: Run) -> Rates:
         first = seconds_writing(run, run.text.to_write)
         token = max(0.0, seconds_writing(run, TIMED) - first) / TIMED
     return Rates(block, token, first)
-
-
-def _agreed(rates: Rates, left: float) -> tuple[Rates, float]:
-    """Return the main process's rates and time left, so that all processes make its plan."""
-    measured = torch.tensor([rates.block, rates.token, rates.first, left], dtype=torch.float64)
-    agree([measured])
-    block, token, first, left = measured.tolist()
-    return replace(rates, block=block, token=token, first=first), left
 
 
 def shared_out(
