@@ -135,22 +135,17 @@ def print_result(
     output: Output,
 ) -> None:
     """Print one checkpoint's record as tables, answers and two lines."""
-    ppl, params = record["perplexity"], record["params"]
-    counted = record.get("vocab", {})
-    rows = [
-        *([["tokens", *(str(counted[x]) for x in ("before", "after"))]] if counted else []),
-        *(
-            [what, *(millions(params[f"{of}{when}"]) for when in ("before", "after"))]
-            for what, of in COUNTS_SHOWN
-            if f"{of}before" in params
-        ),
-        *(
-            [f"perplexity, {name}", f"{ppl['before'][name]:.2f}", f"{ppl['after'][name]:.2f}"]
-            for name in ppl["before"]
-        ),
-    ]
+    ppl, params, both = record["perplexity"], record["params"], ("before", "after")
+    rows = []
+    if (counted := record.get("vocab")) is not None:
+        rows.append(["tokens", *(str(counted[x]) for x in both)])
+    for what, of in COUNTS_SHOWN:
+        if f"{of}before" in params:
+            rows.append([what, *(millions(params[f"{of}{x}"]) for x in both)])
+    for name in ppl["before"]:
+        rows.append([f"perplexity, {name}", *(f"{ppl[x][name]:.2f}" for x in both)])
     if (copied := record.get("copying")) is not None:
-        rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in ("before", "after"))])
+        rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in both)])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
     print_beside(record, samples, output)
     asked = record["asked"]

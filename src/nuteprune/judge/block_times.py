@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -203,13 +204,9 @@ def _rest(passes: Sequence[Times], timed: int, layers: int) -> dict[str, float]:
     """Return the seconds spent outside blocks: in each layer, and outside layers."""
     rests = []
     for times in passes:
-        blocks = [times[f"{block} {i}"] for block in BLOCK_KINDS for i in range(timed)]
-        layer_s = [sum(x) for x in zip(*(times[f"layer {i}"] for i in range(timed)), strict=True)]
-        block_s = [sum(x) for x in zip(*blocks, strict=True)]
-        rests.append(
-            [
-                whole - inside + (inside - inner) / timed * layers
-                for whole, inside, inner in zip(times[MODEL], layer_s, block_s, strict=True)
-            ]
+        whole, inside, inner = (
+            np.sum([calls for name, calls in times.items() if name.startswith(kinds)], axis=0)
+            for kinds in (MODEL, "layer", BLOCK_KINDS)
         )
+        rests.append(whole - inside + (inside - inner) / timed * layers)
     return {phase: max(0.0, seconds) for phase, seconds in _medians(rests).items()}
