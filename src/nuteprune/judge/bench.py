@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.judge.work import Work, Workload
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name
 
 GOOD = 0.9
@@ -41,20 +41,22 @@ class Timing:
 
 
 @torch.inference_mode()
-def time_once(model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int) -> Timing:
-    """Time greedy decoding with a KV cache.
+def time_once(model: PreTrainedModel, setting: Workload) -> Timing:
+    """Time one pass of random tokens: greedy decoding with a KV cache.
 
     Args:
         model: a causal LM.
-        prompt_BT: token ids to start from, on the model's device.
-        new_tokens: tokens decoded after the first one.
+        setting: how many tokens are read, and decoded after the first one.
     """
+    vocabulary = Anatomy(model).embedding.weight.shape[0]
+    size, random = (setting.batch_size, setting.length), torch.Generator().manual_seed(0)
+    prompt_BT = torch.randint(vocabulary, size, generator=random).to(model.device)
     started = _now(model)
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     key = cache_name(output)
     next_B1 = output.logits[:, -1:].argmax(-1)
     known = _now(model)
-    for _ in range(new_tokens):
+    for _ in range(setting.new_tokens):
         output = model(input_ids=next_B1, use_cache=True, logits_to_keep=1, **{key: output[key]})
         next_B1 = output.logits[:, -1:].argmax(-1)
     return Timing(known - started, _now(model) - known)

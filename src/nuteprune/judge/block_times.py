@@ -1,8 +1,6 @@
 """Times blocks with different counts of heads and neurons, as the model runs them.
 
 A model of a few layers is made that have the counts in turn, so that one pass visits them all.
-
-Shape suffixes: B sequences, T tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -144,13 +142,10 @@ def cost_table(
     heads = not (dense.family.refusal("heads") and dense.family.refusal("kv_groups"))
     attentions, neurons = counts_timed(dense.shape, heads)
     trial = Anatomy(trial_model(dense, attentions, neurons).to(device=device, dtype=dtype))
-    rows, size = trial.embedding.weight.shape[0], (setting.batch_size, setting.length)
-    random = torch.Generator().manual_seed(0)
-    prompt_BT = torch.randint(rows, size, generator=random).to(device)
     passes = []
     for i in range(PASSES + 1):
         with watched(trial) as found:
-            time_once(trial.model, prompt_BT, setting.new_tokens)
+            time_once(trial.model, setting)
         if i:  # the first warms up
             passes.append(found)
     return {
