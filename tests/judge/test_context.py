@@ -136,6 +136,9 @@ class Known(nn.Module):
         self.config = SimpleNamespace(max_position_embeddings=positions)
         self.device = torch.device("cpu")
 
+    def get_input_embeddings(self) -> nn.Module:
+        return nn.Embedding(300, 1)
+
     def get_output_embeddings(self) -> nn.Module:
         return nn.Identity()
 
@@ -147,11 +150,7 @@ class Known(nn.Module):
 
 
 @pytest.fixture
-def measure(tiny_model, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch) -> Any:
-    weight = torch.zeros(300, 1)
-    embedding = SimpleNamespace(embedding=SimpleNamespace(weight=weight))
-    monkeypatch.setattr(module, "Anatomy", lambda _: embedding)
-
+def measure(tiny_tokenizer) -> Any:
     def run(rule: Any, tokenizer: Any = tiny_tokenizer, **how: Any) -> Any:
         positions = how.pop("positions", 4096)
         model = Known(None, rule, positions)
@@ -289,7 +288,7 @@ def test_what_is_reported_was_chosen_by_other_seeds(measure) -> None:
 
 
 def test_where_there_is_no_room_or_no_ordinary_id_nothing_is_said(
-    measure, tiny_tokenizer, tiny_model
+    tiny_tokenizer, tiny_model
 ) -> None:
     model = Known(None, torch.zeros_like, positions=1)
     assert copying(model, tiny_tokenizer) is None  # type: ignore[arg-type]

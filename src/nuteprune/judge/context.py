@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.tokens import after, bos_of
-from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import evaluating, last_logits
 
 SEQUENCES: Final = 32
@@ -73,8 +72,8 @@ def copying(
     Returns:
         What was found; None if the vocabulary has no ordinary ids, or the model too few positions.
     """
-    ids_n = ordinary_ids(tokenizer, Anatomy(model).embedding.weight.shape[0])
-    bos = bos_of(tokenizer)
+    embedding: Any = model.get_input_embeddings()
+    ids_n, bos = ordinary_ids(tokenizer, len(embedding.weight)), bos_of(tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
     length = LENGTH if positions is None else min(LENGTH, (positions - len(bos)) // 2)
     if length < 1 or not len(ids_n):
