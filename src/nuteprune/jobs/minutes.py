@@ -145,10 +145,7 @@ def _measured(run: Run) -> Rates:
 
 
 def shared_out(
-    job: PruneJob,
-    trial: Run,
-    rates: Rates,
-    seconds: float,
+    job: PruneJob, trial: Run, rates: Rates, seconds: float
 ) -> tuple[dict[str, Any], float, float]:
     """Return the settings that fit into the time: blocks, steps, text.
 

@@ -116,8 +116,7 @@ def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> Non
     """Print tables and a summary for each target, and answers of the highest one."""
     *_, last = records
     for folder, record in records.items():
-        samples = read_samples(folder / RUN) if folder == last else []
-        print_result(folder, record, samples, output)
+        print_result(folder, record, output, answers=folder == last)
 
 
 COUNTS_SHOWN = (
@@ -128,13 +127,8 @@ COUNTS_SHOWN = (
 """Name of a count of parameters -> prefix of its keys in a record."""
 
 
-def print_result(
-    folder: Path,
-    record: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
-    output: Output,
-) -> None:
-    """Print one checkpoint's record as tables, answers and two lines."""
+def print_result(folder: Path, record: Mapping[str, Any], output: Output, answers: bool) -> None:
+    """Print one checkpoint's record as tables and two lines; its answers too if `answers`."""
     ppl, params, both = record["perplexity"], record["params"], ("before", "after")
     rows = []
     if (counted := record.get("vocab")) is not None:
@@ -147,7 +141,7 @@ def print_result(
     if (copied := record.get("copying")) is not None:
         rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in both)])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
-    print_beside(record, samples, output)
+    print_beside(record, read_samples(folder / RUN) if answers else [], output)
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
     if asked["kind"] in COUNTED:

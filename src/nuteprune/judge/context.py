@@ -53,6 +53,7 @@ class Copying(NamedTuple):
     protocol: dict[str, Any]
 
 
+@torch.inference_mode()
 def copying(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,7 +90,12 @@ def copying(
         "bos": bool(bos),
         "seed": seed,
     }
-    right = _count(model, drawn_NT, bos, batch_size)
+    right, ids_NT = 0, after(bos, torch.cat([drawn_NT, drawn_NT], dim=1))
+    with evaluating(model):
+        for ids_BT in ids_NT.to(model.device).split(batch_size):
+            # The last token of the first time predicts the first one of the repeat.
+            likeliest_BT = last_logits(model, ids_BT, length + 1)[:, :-1].argmax(-1)
+            right += int((likeliest_BT == ids_BT[:, -length:].to(likeliest_BT.device)).sum())
     return Copying(100 * right / drawn_NT.numel(), protocol)
 
 
@@ -111,19 +117,6 @@ def draw(ids_n: Tensor, length: int, seed: int) -> Tensor:
     """Return random sequences (N, T) of ids (n,)."""
     random = torch.Generator().manual_seed(seed)
     return ids_n[torch.randint(len(ids_n), (SEQUENCES, length), generator=random)]
-
-
-@torch.inference_mode()
-def _count(model: PreTrainedModel, drawn_NT: Tensor, bos: list[int], batch_size: int) -> int:
-    """Count the tokens of the repeats that are the likeliest."""
-    right, length = 0, drawn_NT.shape[1]
-    ids_NT = after(bos, torch.cat([drawn_NT, drawn_NT], dim=1))
-    with evaluating(model):
-        for ids_BT in ids_NT.to(model.device).split(batch_size):
-            # The last token of the first time predicts the first one of the repeat.
-            likeliest_BT = last_logits(model, ids_BT, length + 1)[:, :-1].argmax(-1)
-            right += int((likeliest_BT == ids_BT[:, -length:].to(likeliest_BT.device)).sum())
-    return right
 
 
 class Span(NamedTuple):
