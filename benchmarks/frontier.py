@@ -61,7 +61,7 @@ def do_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
     from nuteprune import load_pruned, prune
     from nuteprune.jobs.sources import load_model, load_tokenizer
-    from nuteprune.judge.beside import judge_beside
+    from nuteprune.stages.judge import judge_beside
 
     setting = Setting(model=row["model"], dtype="bfloat16", eval_blocks=12, choose=row["choose"])
     tokenizer = load_tokenizer(row["model"])
@@ -95,7 +95,7 @@ def do_row(row: Mapping[str, Any]) -> dict[str, Any]:
             "stages": record["stages"],
             "params": record["params"]["after"],
             **judge.figures(small),
-            **beside.entries,
+            **{name: beside[name] for name in ("answers", "context") if name in beside},
         }
 
 

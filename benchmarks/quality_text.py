@@ -23,12 +23,11 @@ from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.data.split import held_out_part
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import mixture
-from nuteprune.judge.copying import SEED
+from nuteprune.judge.context import SEED, copying
 from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS
 from nuteprune.judge.texts import make_blocks
 from nuteprune.run_folder import SELF
-from nuteprune.stages.judge import copies
 from nuteprune.stages.write import write
 
 CHOOSING_SEED = 9
@@ -199,7 +198,7 @@ class Judge:
         found = perplexities(model, self.held_out, batch_size=4)
         other = perplexities(model, self.other, batch_size=4)
         seed = CHOOSING_SEED if self._setting.choose else SEED
-        copied = copies(model, self._tokenizer, seed=seed)
+        copied = copying(model, self._tokenizer, seed=seed)
         percent = copied.percent if copied else None
         return {"perplexity": found, "mean": mean(found), "copying": percent, "other": other}
 

@@ -36,7 +36,7 @@ from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal, Seconds, seconds_of
 from nuteprune.jobs.settings import read_assignments, read_given
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import Transformers, conditions, measure
+from nuteprune.jobs.timing import TRANSFORMERS, conditions, measure, pick_engine
 from nuteprune.judge import bench as speed
 from nuteprune.judge import work as timed
 from nuteprune.model.family import BLOCK_KINDS
@@ -116,7 +116,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, bench: Bench) -> None:
         self.args, self.bench = args, bench
         self.at = timed.Workload(*moment(args.at))
-        self.engine = Transformers.from_options("cpu", args.dtype, args.threads)
+        self.engine = pick_engine(TRANSFORMERS, "cpu", args.dtype, args.threads)
         self.costs = self._costs()
         cell = Cell("speedup", {}, 0.2, 0, seed=0)
         self.cut = bench.cut(cell, bench.folder / "stages", keeps=True)

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune import vocab
 from nuteprune.data.specs import DEMO, iter_documents
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
-from nuteprune.judge.characters import bits_per_character
+from nuteprune.judge.perplexity import bits_per_character
 
 KEEPS = "32768,16384,8192"
 TEXTS, CHARACTERS = 16, 400

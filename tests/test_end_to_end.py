@@ -23,8 +23,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.jobs import demo
 from nuteprune.jobs.folder import DEMOS
 from nuteprune.jobs.sources import load_model
-from nuteprune.judge import copying
-from nuteprune.judge.beside import judge_beside
+from nuteprune.judge import context
 from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -77,9 +76,9 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     # What is measured by copying takes a minute of a core each time; here a part of it will do.
     monkeypatch.setattr(copying_losses, "SEQUENCES", 1)
     monkeypatch.setattr(copying_losses, "LENGTH", 16)
-    monkeypatch.setattr(copying, "SEQUENCES", 2)
+    monkeypatch.setattr(context, "SEQUENCES", 2)
     monkeypatch.setattr(demo, "TIMED", Workload(batch_size=1, length=16, new_tokens=2))
-    monkeypatch.setattr(run, "judge_beside", partial(judge_beside, tokens=2, blocks=3))
+    monkeypatch.setattr(run, "judge_beside", partial(run.judge_beside, tokens=2, blocks=3))
     with pytest.raises(SystemExit) as stopped:
         main()
     out, err = capsys.readouterr()

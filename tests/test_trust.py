@@ -22,7 +22,7 @@ from nuteprune.export import loading
 from nuteprune.export.loading import load_pruned
 from nuteprune.files import write_sums
 from nuteprune.jobs.sources import load_tokenizer
-from nuteprune.jobs.timing import LlamaCpp
+from nuteprune.jobs.timing import LLAMA_CPP, Engine
 from tests.conftest import Run
 
 SOURCE = Path(nuteprune.__file__).parent
@@ -222,7 +222,9 @@ def test_an_engine_that_wants_the_tokenizer_advises_what_bench_has(
 ) -> None:
     with_tokenizer_code(tiny_inputs[0], tmp_path / "mark")
     with pytest.raises(UserError, match="is not run unasked; leave --engine out"):
-        LlamaCpp(torch.float16).prepare(str(tiny_inputs[0]), tmp_path / "timed", None)
+        Engine(LLAMA_CPP, "cpu", torch.float16).prepare(
+            str(tiny_inputs[0]), tmp_path / "timed", None
+        )
     assert not (tmp_path / "mark").exists()
 
 

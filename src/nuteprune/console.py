@@ -209,6 +209,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def dtype_name(dtype: object) -> str:
+    """Return a torch dtype as options name it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Report no progress."""
 

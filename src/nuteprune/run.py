@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
@@ -17,15 +16,14 @@ from nuteprune.data.mixture import Mixture
 from nuteprune.export.loading import in_dtype
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
-from nuteprune.judge.beside import Beside, judge_beside
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.offload import bring_home
-from nuteprune.processes import agree, is_main
+from nuteprune.processes import is_main, main_ones
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
-from nuteprune.stages.judge import Figures, entries, judge
+from nuteprune.stages.judge import Figures, entries, judge, judge_beside
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
 from nuteprune.train.config import NutePruneConfig
@@ -152,21 +150,16 @@ class Run:
         trainer.masks, trainer.weights = masks, weights
         if is_main():
             write_json(trainer.run_folder / TEXT, self.text.training.fingerprint.to_dict())
-        self._settle_steps(trainer)
+        if self.steps_in_time is not None:
+            self.args.max_steps = trainer.args.max_steps = main_ones(
+                self.steps_in_time(self, trainer)
+            )
         with self.products.measured("teach"):
             if self.args.max_steps > 0:
                 begun = self.resumes and last_checkpoint(trainer.run_folder) is not None
                 trainer.train(resume_from_checkpoint=begun or None)
             trainer.settle()
         return trainer
-
-    def _settle_steps(self, trainer: NutePruneTrainer) -> None:
-        """Set the number of steps that the remaining time allows; all processes take part."""
-        if self.steps_in_time is None:
-            return
-        count = torch.tensor(self.steps_in_time(self, trainer))
-        agree([count])
-        self.args.max_steps = trainer.args.max_steps = int(count)
 
     def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
         """Merge, fold and cut; for the last goal the run's own model, if possible."""
@@ -179,8 +172,12 @@ class Run:
         assert trainer.sliced is not None
         return trainer.sliced
 
-    def judge(self, sliced: Sliced, dense: Figures | None) -> Beside:
-        """Judge a smaller model as its file will compute, beside the dense one."""
+    def judge(self, sliced: Sliced, dense: Figures | None) -> Record:
+        """Judge a smaller model as its file will compute, beside the dense one.
+
+        Returns:
+            What a record says of it, and `samples` of answers where there are some.
+        """
         computed = self.model.origin.computed_dtype
         if self._dense is None:  # only now: the run's own was in memory till the last cut
             self._dense = self._placed(self.reload(computed))
@@ -194,7 +191,7 @@ class Run:
             self.progress("judge answers and context", 1, 1)
             if self.args.offload:  # as it is written
                 bring_home(sliced.model)
-        return Beside(entries(self.held_out, dense, found) | beside.entries, beside.samples)
+        return entries(self.held_out, dense, found) | beside
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model on the device on which it is judged."""
@@ -202,12 +199,13 @@ class Run:
         place = str(self.args.device) if self.model.has_whole_weights else "cpu"
         return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
 
-    def save(self, trainer: NutePruneTrainer, judged: Beside) -> tuple[Path, Record]:
+    def save(self, trainer: NutePruneTrainer, judged: Record) -> tuple[Path, Record]:
         """Write a checkpoint with its record; returns its folder, and the record."""
-        write_json(trainer.run_folder / SAMPLES, judged.samples)
+        figures = dict(judged)
+        write_json(trainer.run_folder / SAMPLES, figures.pop("samples", []))
         folder = self.folder_of(trainer.goal)
         costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
-        record = {**judged.entries, **self.about(), **costs}
+        record = {**figures, **self.about(), **costs}
         return folder, trainer.save_pruned(folder, around=self.around, **record)
 
 

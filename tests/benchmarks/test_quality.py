@@ -15,7 +15,7 @@ import nuteprune
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError
 from nuteprune.console import Output
 from nuteprune.data import demo as assets
-from nuteprune.judge.copying import copying
+from nuteprune.judge.context import copying
 from nuteprune.judge.perplexity import perplexities, perplexity
 from tests.scripts import FOLDER, script
 

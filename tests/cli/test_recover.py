@@ -18,7 +18,7 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import recover as recovery
 from nuteprune.jobs.guard import alone
 from nuteprune.jobs.sources import load_tokenizer
-from nuteprune.judge.copying import copying
+from nuteprune.judge.context import copying
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,7 @@ import torch
 
 import nuteprune
 from nuteprune.export.loading import load_pruned
-from nuteprune.judge import copying
-from nuteprune.judge.beside import Beside
+from nuteprune.judge import context
 from nuteprune.judge.run_files import read_run
 from nuteprune.run_folder import TARGETS
 from nuteprune.train.asked import KINDS, Asked
@@ -93,8 +92,8 @@ def test_so_it_is_for_the_demo_model(
     text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is said of quality is not looked at here, and takes most of the time.
-    monkeypatch.setattr(copying, "SEQUENCES", 1)
-    monkeypatch.setattr("nuteprune.run.judge_beside", lambda *_: Beside({}, []))
+    monkeypatch.setattr(context, "SEQUENCES", 1)
+    monkeypatch.setattr("nuteprune.run.judge_beside", lambda *_: {})
     out = tmp_path / "out"
     words = ["--memory", "300MB@2048", "--data", text, "--shares", 1, "--out", out]
     fast = ["--method", "random", "--set", "refit=false", "--dtype", "bfloat16"]

@@ -64,7 +64,7 @@ PHASES = {
     "nuteprune.data.demo:fetch": "downloading",
     "nuteprune.data.demo:_convert": "converting",
     "nuteprune.judge.perplexity:perplexities": "measuring",
-    "nuteprune.judge.beside:judge_beside": "judging answers",
+    "nuteprune.stages.judge:judge_beside": "judging answers",
     "nuteprune.stages.write:write": "writing text",
     "nuteprune.train.recover:RecoverTrainer.merge": "merging",
     "nuteprune.jobs.recover:compared": "comparing",

@@ -123,7 +123,7 @@ def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
     assert paper["gate_type"].choices == tuple(GATE_TYPES)
     assert paper["objective"].choices == tuple(OBJECTIVES)
     assert TYPES["gguf"] == tuple(FILE_TYPES)
-    assert Benchmark.engine == next(iter(ENGINES))
+    assert Benchmark.engine == ENGINES[0]
 
 
 @pytest.mark.parametrize("word", ["for", "sed", "stepz", "lenght"])

@@ -133,7 +133,8 @@ def test_the_demo_takes_longer_where_its_minutes_are_too_few(
     model, text = map(str, tiny_inputs)
     settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
     job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=1, settings=settings)
-    planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True), may_exceed=True)
+    job.may_exceed = True
+    planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True))
     assert planned.settings["calibration_blocks"] == 8
     assert planned.settings["max_steps"] == FEWEST
 
@@ -145,10 +146,10 @@ def test_what_comes_after_the_run_leaves_fewer_steps(
     model, text = map(str, tiny_inputs)
     settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
     job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=4, settings=settings)
-    steps = [
-        within_minutes(job, tmp_path / "scratch", Output(quiet=True), after).settings["max_steps"]
-        for after in (0.0, 10.0)
-    ]
+    steps = []
+    for job.after in (0.0, 10.0):
+        planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True))
+        steps.append(planned.settings["max_steps"])
     assert steps[0] > steps[1] + 5
 
 

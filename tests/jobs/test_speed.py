@@ -29,8 +29,7 @@ def test_a_folder_that_is_called_demo_is_no_embedded_model(
         return {"settings": [{"speedup": {"decode": ratio}}]}
 
     monkeypatch.setattr(speed, "measure", measure)
-    monkeypatch.setattr(speed, "write_json", lambda *_: None)
-    monkeypatch.setattr(speed, "for_report", lambda _: {})
+    monkeypatch.setattr(speed, "write_speed", lambda *_: None)
     asked = {"kind": "speedup", "value": 1.3, "for": "decode", "at": "1x256+32"}
     speed.judge_speed(
         PruneJob(DEMO, Path(DEMO)), {Path(DEMO): {"asked": asked}}, Output(quiet=True)

@@ -12,7 +12,7 @@ import torch
 
 from nuteprune.console import Output
 from nuteprune.jobs import timing
-from nuteprune.jobs.timing import Ready, for_report, measure
+from nuteprune.jobs.timing import for_report, measure
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.report import told_gains
 from nuteprune.judge.work import Work, Workload
@@ -27,7 +27,7 @@ ALONE = {"small": 0.85, "dense": 1.0}
 """Seconds of a pass on a machine that does nothing else: 1.18 times faster."""
 
 ENGINE: Any = SimpleNamespace(
-    device="cpu", dtype=torch.float32, prepare=lambda *_: Ready(lambda: None, lambda: None)
+    device="cpu", dtype=torch.float32, prepare=lambda *_: None, bytes_on_disk=lambda *_: None
 )
 
 

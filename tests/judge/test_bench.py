@@ -64,11 +64,11 @@ def calls(tiny_model) -> tuple[PreTrainedModel, list[tuple[list[list[int]], int]
 
 def test_a_pass_decodes_what_generate_does(calls) -> None:
     model, seen = calls
-    prompt = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(0))
-    timing = time_once(model, prompt, 3)
+    timing = time_once(model, SETTING)
     assert timing.first_token > 0
     assert timing.decode > 0
     assert [held for _, held in seen] == [0, 6, 7, 8]
+    prompt = torch.tensor(seen[0][0])
     decoded = torch.tensor([tokens for tokens, _ in seen[1:]]).squeeze(-1).T
     assert torch.equal(decoded, continuation(model, prompt, 3, eos_token_id=None))
 
@@ -263,11 +263,11 @@ def test_a_worker_does_not_run_the_script_that_starts_it_again(folder: Path) -> 
     script = folder.parent / f"{folder.name}.py"  # as people write it, with no guard
     script.write_text(
         "import torch\n"
-        "from nuteprune.jobs.timing import Transformers\n"
+        "from nuteprune.jobs.timing import Engine\n"
         "from nuteprune.judge.worker import Worker\n"
         "print('begun')\n"
-        "engine = Transformers('cpu', torch.float32, threads=1)\n"
-        f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None).load) as worker:\n"
+        "engine = Engine('transformers', 'cpu', torch.float32, threads=1)\n"
+        f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None)) as worker:\n"
         "    print(worker.about.threads)\n"
     )
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

@@ -44,7 +44,7 @@ def test_a_pass_visits_every_count_as_the_model_would_run_it(plain_name: str, ti
     assert {x.neurons for x in layers} == set(neurons)
     assert trial.shape.hidden == dense.shape.hidden
     with watched(trial) as found:
-        time_once(trial.model, torch.full((2, 5), 3), 4)
+        time_once(trial.model, Workload(2, 5, 4))
     for i in range(len(layers)):
         parts = [found[f"{name} {i}"] for name in ("attn_block", "mlp_block", "layer")]
         # A prompt, and four tokens after it; blocks are within their layer.

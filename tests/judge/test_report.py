@@ -654,7 +654,7 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
     assert "speed.json cannot be shown" in refusal(
         a_run(tmp_path / "speed", a_record(), None, speed={"rows": rows})
     )
-    assert "notes must be a list" in refusal(
+    assert "notes is not a list of texts" in refusal(
         a_run(tmp_path / "notes", a_record(), None, speed={**SPEED, "notes": "slow"})
     )
     blocked = a_run(tmp_path / "blocked", a_record(), None)

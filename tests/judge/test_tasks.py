@@ -8,9 +8,9 @@ import torch
 
 from nuteprune.console import Output
 from nuteprune.errors import UserError
+from nuteprune.jobs.verdicts import Verdicts
 from nuteprune.judge import tasks
 from nuteprune.judge.tasks import Figure, Score, Tasks, flips, read_scores
-from nuteprune.judge.verdicts import Verdicts
 
 QUESTIONS = [
     {"question": f"The teacher number {i} is", "choices": ["a student", "pruned"], "label": i % 2}

@@ -9,15 +9,22 @@ import torch
 
 from nuteprune.console import Output, megabytes, millions
 from nuteprune.errors import UserError
-from nuteprune.files import at_home, write_json
+from nuteprune.files import at_home
 from nuteprune.gates.costs import PHASES
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.options import Benchmark
 from nuteprune.jobs.sources import load_model, read_config, use_family
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import Transformers, conditions, for_report, measure, pick_engine
+from nuteprune.jobs.timing import (
+    TRANSFORMERS,
+    Engine,
+    conditions,
+    measure,
+    pick_engine,
+    write_speed,
+)
+from nuteprune.jobs.verdicts import LABELS
 from nuteprune.judge.bench import say_ratio
-from nuteprune.judge.verdicts import LABELS
 from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RECORD, RUN, SPEED
 
@@ -44,7 +51,7 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
     for name in names:
         read_config(name)
     if asked.save_costs is not None:
-        if not isinstance(chosen, Transformers):
+        if chosen.name != TRANSFORMERS:
             raise UserError(
                 f"--save-costs times blocks in transformers, and --engine {asked.engine} has none "
                 "of them; leave one of the two out"
@@ -63,13 +70,13 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
     found["against"] = against  # a model may be its own dense one
     _print(found, output)
     if target is not None:
-        write_json(target / SPEED, {**found, **for_report(found)})
+        write_speed(target / SPEED, found)
         output.line(f"Written to {target / SPEED}")
     return found
 
 
 def _costs(
-    model: str, path: Path, setting: Workload, engine: Transformers, output: Output
+    model: str, path: Path, setting: Workload, engine: Engine, output: Output
 ) -> dict[str, Any]:
     """Write the table that `prune --costs` takes, and return it with its path as `out`."""
     if engine.threads is not None:

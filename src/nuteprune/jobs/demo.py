@@ -11,10 +11,9 @@ from nuteprune.data import demo as assets
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune import Result, finish, run
-from nuteprune.jobs.show import print_end
+from nuteprune.jobs.show import print_beside, print_end
 from nuteprune.jobs.speed import measure_beside
 from nuteprune.judge.bench import say_ratio
-from nuteprune.judge.beside import print_beside
 from nuteprune.judge.run_files import read_samples
 from nuteprune.judge.work import Workload
 from nuteprune.run_folder import RUN
@@ -35,6 +34,7 @@ def with_defaults(job: PruneJob) -> PruneJob:
     memory = {} if MEMORY.keys() & job.settings.keys() else MEMORY
     job.settings = {**target, **memory, **job.settings}
     has_steps = "max_steps" in job.settings or job.settings.get("progressive")
+    job.after, job.may_exceed = COMPARED, job.minutes is None
     if job.minutes is None and not has_steps:
         job.minutes = MINUTES
     return job
@@ -44,8 +44,7 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     """Prune, compare and print; returns the record with what was measured."""
     assets.model_folder(output.line)  # fetched before anything else
     assets.documents(output.line)
-    by_default = job.minutes is None
-    result = run(with_defaults(job), output, COMPARED, may_exceed=by_default)
+    result = run(with_defaults(job), output)
     if result is None:
         return None
     return result.plan if result.plan is not None else compare(job, result, output)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.console import Bars, Output
+from nuteprune.console import Bars, Output, dtype_name
 from nuteprune.data.fingerprint import Fingerprint, kind_of, learned_from
 from nuteprune.data.prompts import read_prompts
 from nuteprune.data.specs import DEMO
@@ -22,16 +22,14 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs import sources
 from nuteprune.jobs.options import Evaluation
+from nuteprune.jobs.verdicts import Verdicts
 from nuteprune.judge import protocols, texts
-from nuteprune.judge.beside import judge_beside
-from nuteprune.judge.copying import SEED
+from nuteprune.judge.context import SEED, copying
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
-from nuteprune.judge.units import dtype_name
-from nuteprune.judge.verdicts import Verdicts
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD, RUN, TEXT, VOCAB
-from nuteprune.stages.judge import copies
+from nuteprune.stages.judge import judge_beside
 from nuteprune.train.midway import is_midway, load_midway
 from nuteprune.train.run_settings import read_settings
 
@@ -84,8 +82,8 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
                 verdicts.perplexity[one.name] = found
             own = sources.load_tokenizer(one.source, asked.trust_remote_code)
             seed = SEED if asked.copying_seed is None else asked.copying_seed
-            copied = copies(loaded, own, seed=seed, batch_size=asked.batch_size)
-            verdicts.copying |= {one.name: copied} if copied is not None else {}
+            if copied := copying(loaded, own, seed=seed, batch_size=asked.batch_size):
+                verdicts.copying[one.name] = copied
             if questions is not None:
                 verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
             if beside:
@@ -96,9 +94,9 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         if beside:
             bars.update("answers and context", 0, 1)
             text = {name: blocks.tokens_NT for name, blocks in cut.items()}
-            how: dict[str, Any] = {"prompts": prompts, "tokens": asked.answer_tokens}
-            how["blocks"] = BLOCKS
-            verdicts.beside = judge_beside(held[-1], held[0], tokenizer, text, **how)
+            pruned, dense = held
+            how: dict[str, Any] = {"tokens": asked.answer_tokens, "blocks": BLOCKS}
+            verdicts.beside = judge_beside(dense, pruned, tokenizer, text, prompts=prompts, **how)
             bars.update("answers and context", 1, 1)
     if asked.against is not None:
         verdicts.compare(asked.model, asked.against)

@@ -21,7 +21,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.gguf.splits import PROBES
 from nuteprune.export.vocabulary import check_spelling, cut_model, cut_tokenizer_of
 from nuteprune.jobs.job import Job
-from nuteprune.judge.characters import bits_per_character
+from nuteprune.judge.perplexity import bits_per_character
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF

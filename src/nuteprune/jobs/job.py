@@ -112,6 +112,8 @@ class PruneJob(Job):
         own_text: file of text that the model has written; None: the run lets it write.
         settings: those of `NutePruneConfig` that are given.
         started: time of the command, by `time.monotonic`.
+        after: time that the written results still take, as a multiple of judging the dense model.
+        may_exceed: whether a run that has too few minutes takes longer.
     """
 
     shares: list[float] | str | None = option(
@@ -147,6 +149,8 @@ class PruneJob(Job):
     dry_run: bool = option("Say what the run would do and take; write nothing.", False, role=CALL)
     settings: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic, compare=False)
+    after: float = 0.0
+    may_exceed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,8 +297,8 @@ def tokens_asked(asked: int | str, option: str) -> int | str:
 
 def what_it_is(job: Job) -> dict[str, Any]:
     """Return the job's settings for settings.json, each spelled in one way."""
-    from nuteprune.jobs.sources import pick_dtype, place  # they load torch, which help never needs
-    from nuteprune.judge.units import dtype_name
+    from nuteprune.console import dtype_name  # these load rich and torch, which help never needs
+    from nuteprune.jobs.sources import pick_dtype, place
 
     named: dict[str, Any] = {"model": place(job.model), "data": [place(x) for x in job.specs]}
     named["dtype"] = dtype_name(pick_dtype(job.dtype, job.device))

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nuteprune.console import Output, duration
 from nuteprune.data.mixture import tokens_to_write
 from nuteprune.errors import UserError
@@ -26,10 +24,11 @@ from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, trainer_config
 from nuteprune.plan.trial import seconds_per_step
-from nuteprune.processes import agree
+from nuteprune.processes import main_ones
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.score import stops_before, with_gradients
+from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.run_settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -78,42 +77,21 @@ class Rates:
     Args:
         block: seconds to teach a block.
         token: seconds to write a token more; 0 where the model writes none.
-        attention: units of attention, which some methods cut one by one.
         first: seconds to write the least text that a run writes; what is beyond costs `token`.
     """
 
     block: float
     token: float
-    attention: int = 0
     first: float = 0.0
 
 
-@dataclass(frozen=True)
-class Times:
-    """The seconds that parts of a planned run take.
-
-    Args:
-        before: from the first stage to the first step, without judging.
-        judging: the dense model and the results, by text, answers and context.
-        step: one step.
-    """
-
-    before: float
-    judging: float
-    step: float
-
-
-def within_minutes(
-    job: PruneJob, scratch: Path, output: Output, after: float = 0.0, may_exceed: bool = False
-) -> PruneJob:
+def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
     """Return a job with the settings that its minutes allow; see `shared_out`.
 
     Args:
         job: a job with minutes. One that goes on with a run gets that run's plan.
         scratch: a folder for what nobody keeps.
         output: prints the plan.
-        after: see `steps_in_time_of`.
-        may_exceed: whether a run that has too little time takes what it needs.
 
     Raises:
         UserError: if there is no time for anything sensible, or steps are given too.
@@ -127,12 +105,11 @@ def within_minutes(
         trial = make_run(small, trainer_config(small, scratch), bars)
         rates = _measured(trial)
     left = seconds - (time.monotonic() - job.started)
-    rates, left = _agreed(rates, left)
-    settings, times = shared_out(job, trial, rates, left, after, may_exceed)
+    rates, left = main_ones((rates, left))  # all processes make the main one's plan
+    settings, step, judging = shared_out(job, trial, rates, left)
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
-        f"about {settings['max_steps']} steps of {times.step:.1f} s; {duration(times.judging)} to "
-        "judge"
+        f"about {settings['max_steps']} steps of {step:.1f} s; {duration(judging)} to judge"
     )
     return _planned(job, settings)
 
@@ -159,32 +136,17 @@ def _planned(job: PruneJob, plan: Mapping[str, Any]) -> PruneJob:
 
 def _measured(run: Run) -> Rates:
     """Time a step, and the first positions of what the model writes."""
-    model, token, first = run.model, 0.0, 0.0
+    token, first = 0.0, 0.0
     block = seconds_per_step(run.first, passes=1) / run.args.sequences_per_step
     if run.text.to_write:
         first = seconds_writing(run, run.text.to_write)
         token = max(0.0, seconds_writing(run, TIMED) - first) / TIMED
-    sizes = model.layout.sizes
-    attention = sum(sum(sizes[kind]) for kind in model.kinds if kind in ("heads", "kv_groups"))
-    return Rates(block, token, attention, first)
-
-
-def _agreed(rates: Rates, left: float) -> tuple[Rates, float]:
-    """Return the main process's rates and time left, so that all processes make its plan."""
-    measured = torch.tensor([rates.block, rates.token, rates.first, left], dtype=torch.float64)
-    agree([measured])
-    block, token, first, left = measured.tolist()
-    return replace(rates, block=block, token=token, first=first), left
+    return Rates(block, token, first)
 
 
 def shared_out(
-    job: PruneJob,
-    trial: Run,
-    rates: Rates,
-    seconds: float,
-    after: float = 0.0,
-    may_exceed: bool = False,
-) -> tuple[dict[str, Any], Times]:
+    job: PruneJob, trial: Run, rates: Rates, seconds: float
+) -> tuple[dict[str, Any], float, float]:
     """Return the settings that fit into the time: blocks, steps, text.
 
     Args:
@@ -192,61 +154,55 @@ def shared_out(
         trial: a run of it that has not begun.
         rates: those of the machine.
         seconds: the time left.
-        after: see `steps_in_time_of`.
-        may_exceed: whether to return the least sensible plan if it takes longer.
 
     Returns:
-        Settings by name, and the seconds that they take.
+        Settings by name, the seconds of a step, and those of judging the dense model and the
+        results by text, answers and context.
 
     Raises:
         UserError: if there is no time for anything sensible.
     """
     sources = max(1, len(trial.held_out))
-    models = 1 + len(trial.goals) * (1 + BESIDE) + after
+    models = 1 + len(trial.goals) * (1 + BESIDE) + job.after
     judged = JUDGE * rates.block * sources * models  # seconds, a block of each source
     each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
     judging = judged * each
-    times = None
+    left = seconds - judging
     given = job.settings.get("calibration_blocks")
     options = [given] if given else OPTIONS
     for scored in options:
-        settings = {"calibration_blocks": scored}
-        times = _times(job, trial, rates, settings, judging)
-        steps = math.floor((seconds - judging - times.before) / times.step)
-        is_last = scored == options[-1]
-        share = 1.0 if is_last else BEFORE
-        fits = times.before <= share * (seconds - judging) and steps >= FEWEST
-        if fits or (may_exceed and is_last):
-            steps = max(steps, FEWEST)
-            read = _args(job, settings).calibrated_blocks
-            blocks = max(steps * trial.args.sequences_per_step, read)
-            plan = {**settings, "max_steps": steps, "text_blocks": blocks, "eval_blocks": each}
-            return plan, times
-    assert times is not None
-    needed = times.before + judging + FEWEST * times.step + time.monotonic() - job.started
-    raise UserError(
-        f"--minutes {job.minutes} is too little time: on this machine {math.ceil(needed / 60)} "
-        "minutes are needed; pass more, or --steps 0 --method taylor for the least there is"
-    )
+        settings = {**job.settings, "calibration_blocks": scored, "max_steps": 1}
+        args = trainer_config(replace(job, settings=settings), job.out)
+        before, step = _times(job, trial, rates, args)
+        steps = math.floor((left - before) / step)
+        share = 1.0 if scored == options[-1] else BEFORE
+        if before <= share * left and steps >= FEWEST:
+            break
+    else:
+        if not job.may_exceed:
+            needed = before + judging + FEWEST * step + time.monotonic() - job.started
+            raise UserError(
+                f"--minutes {job.minutes} is too little time: on this machine "
+                f"{math.ceil(needed / 60)} minutes are needed; pass more, or --steps 0 --method "
+                "taylor for the least there is"
+            )
+        steps = FEWEST
+    blocks = max(steps * trial.args.sequences_per_step, args.calibrated_blocks)
+    plan = {"calibration_blocks": scored, "max_steps": steps, "text_blocks": blocks}
+    return {**plan, "eval_blocks": each}, step, judging
 
 
-def _args(job: PruneJob, settings: dict[str, Any]) -> Any:
-    return trainer_config(
-        replace(job, settings={**job.settings, **settings, "max_steps": 1}), job.out
-    )
-
-
-def _times(
-    job: PruneJob, trial: Run, rates: Rates, settings: dict[str, Any], judging: float
-) -> Times:
-    """Return what a run with these settings takes."""
-    args, goals = _args(job, settings), trial.goals
+def _times(job: PruneJob, trial: Run, rates: Rates, args: NutePruneConfig) -> tuple[float, float]:
+    """Return the seconds from the first stage to the first step, without judging, and of a step."""
+    goals, model = trial.goals, trial.model
     method = METHODS[args.method]
+    sizes = model.layout.sizes
+    attention = sum(sum(sizes[kind]) for kind in ("heads", "kv_groups") if kind in model.kinds)
     scored = GRADIENTS * with_gradients(args.method, args.scored_blocks)
     scored += BY_LAYER * method.by_layer * args.scored_blocks
-    scored += CUT * method.cuts * rates.attention * goals[-1].sparsity
+    scored += CUT * method.cuts * attention * goals[-1].sparsity
     refit = REFIT * args.refit_blocks
-    again = method.reads > 0 and args.tried and trial.model.can_try_cuts
+    again = method.reads > 0 and args.tried and model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
     share = share_to_write(job)
@@ -256,19 +212,11 @@ def _times(
     # Steps beyond what is calibrated on need text too, which is written before.
     more = rates.token * share * job.length
     step = (rates.block + more) * args.sequences_per_step * len(goals)
-    return Times(blocks * rates.block + text, judging, step)
+    return blocks * rates.block + text, step
 
 
-def steps_in_time_of(
-    job: PruneJob, after: float = 0.0
-) -> Callable[[Run, NutePruneTrainer], int] | None:
-    """Return a function for the number of steps in the time left; None if the plan is settled.
-
-    Args:
-        job: the job.
-        after: time that the written results still take, as a multiple of judging the dense
-            model.
-    """
+def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int] | None:
+    """Return a function for the number of steps in the time left; None if the plan is settled."""
     end = job.started + _asked(job)
     if is_stated(job):
         return None
@@ -276,7 +224,7 @@ def steps_in_time_of(
     def steps_in_time(run: Run, trainer: NutePruneTrainer) -> int:
         goals = len(run.goals) - run.goals.index(trainer.goal)
         dense = run.products.costs.get("judge", {}).get("seconds", 0.0)
-        judging = dense * (goals * (1 + BESIDE) + after)
+        judging = dense * (goals * (1 + BESIDE) + job.after)
         step = seconds_per_step(trainer) * goals
         return max(FEWEST, math.floor((end - time.monotonic() - judging) / step))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from nuteprune.console import Output, duration, megabytes, millions
+from nuteprune.console import Output, dtype_name, duration, megabytes, millions
 from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
@@ -21,7 +21,6 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_run import share_to_write, trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config, use_family
-from nuteprune.judge.units import dtype_name
 from nuteprune.model.lookup import family_named
 from nuteprune.model.wrappers import wrapper_of
 from nuteprune.plan.phases import FORMULA, ON_CPUS, SHARED_OUT, SIMULATED, Phase, Plan

@@ -129,16 +129,12 @@ def finish(job: PruneJob, result: Result, output: Output) -> None:
         check_speed(result.records[folder], speedup)
 
 
-def run(
-    job: PruneJob, output: Output, after: float = 0.0, may_exceed: bool = False
-) -> Result | None:
+def run(job: PruneJob, output: Output) -> Result | None:
     """Do the job; returns None in all processes of a run but the main one.
 
     Args:
         job: the job.
         output: prints.
-        after: time after the run, as a multiple of that of judging the dense model.
-        may_exceed: whether a run that has too few minutes takes longer.
 
     Raises:
         UserError: for anything in the job that cannot work; nothing is written then.
@@ -159,13 +155,13 @@ def run(
         if job.minutes is not None:
             from nuteprune.jobs.minutes import steps_in_time_of, within_minutes
 
-            steps_in_time = steps_in_time_of(job, after)
+            steps_in_time = steps_in_time_of(job)
         if job.vocab is not None:
             from nuteprune.jobs.fewer_first import fewer_tokens  # few runs ask for it
 
             stack.enter_context(fewer_tokens(job, Path(scratch), output))
         if job.minutes is not None:
-            job = within_minutes(job, Path(scratch) / RUN, output, after, may_exceed)
+            job = within_minutes(job, Path(scratch) / RUN, output)
         bars = stack.enter_context(output.bars())
         config = trainer_config(job, folder / RUN)
         made = make_run(job, config, bars)

@@ -34,6 +34,7 @@ from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
 from nuteprune.jobs.show import StepProgress
 from nuteprune.jobs.show_recover import print_recovered, print_recovery
+from nuteprune.judge.context import copying
 from nuteprune.judge.perplexity import mean, perplexities, protocol
 from nuteprune.judge.retention import retentions
 from nuteprune.judge.work import Work
@@ -41,7 +42,6 @@ from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import DENSE, RECORD, RUN
-from nuteprune.stages.judge import copies
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.run_settings import check_same
@@ -100,7 +100,11 @@ def recover(
 def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Do the job, and print what came out; returns the same as `recover`."""
     with alone(job.out) if is_main() else nullcontext():
-        _check(job)
+        if is_main():  # the others may come when it has begun to write
+            for model in filter(None, (job.model, job.against)):
+                check_out(replace(job, model=model))
+        if job.steps is not None and job.epochs is not None:
+            raise UserError("--steps and --epochs both say how long; pass one of them")
         tuned = _run(job, output)
     if tuned is None:
         return None
@@ -166,14 +170,6 @@ def _tune(
     }
     work = Work.of(small)
     return Tuned(_write(job, small, tokenizer, record, entry), work.blocks + work.head)
-
-
-def _check(job: RecoverJob) -> None:
-    if is_main():  # the others may come when it has begun to write
-        for model in filter(None, (job.model, job.against)):
-            check_out(replace(job, model=model))
-    if job.steps is not None and job.epochs is not None:
-        raise UserError("--steps and --epochs both say how long; pass one of them")
 
 
 def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
@@ -277,7 +273,7 @@ def _write(
     new = {**record, "recover": entry, "perplexity": judged_again(record, entry)}
     for key in ("copying", "answers", "context"):  # measured before the fine-tuning
         new.pop(key, None)
-    if (copied := copies(small, tokenizer)) is not None and "copying" in record:
+    if (copied := copying(small, tokenizer)) is not None and "copying" in record:
         new["copying"] = {**record["copying"], "after": copied.percent}
     return {**result, **write_again(job.out, small, tokenizer, new, sources.around(job.model))}
 

@@ -9,17 +9,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from nuteprune.console import Bars, Output, duration, megabytes, millions
+from nuteprune.console import Bars, Output, dtype_name, duration, megabytes, millions
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.figures import answer_rows, context_rows
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
-from nuteprune.judge.beside import print_beside
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
-from nuteprune.judge.units import dtype_name
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.train.asked import spelled
@@ -117,8 +116,7 @@ def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> Non
     """Print tables and a summary for each target, and answers of the highest one."""
     *_, last = records
     for folder, record in records.items():
-        samples = read_samples(folder / RUN) if folder == last else []
-        print_result(folder, record, samples, output)
+        print_result(folder, record, output, answers=folder == last)
 
 
 COUNTS_SHOWN = (
@@ -129,31 +127,21 @@ COUNTS_SHOWN = (
 """Name of a count of parameters -> prefix of its keys in a record."""
 
 
-def print_result(
-    folder: Path,
-    record: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
-    output: Output,
-) -> None:
-    """Print one checkpoint's record as tables, answers and two lines."""
-    ppl, params = record["perplexity"], record["params"]
-    counted = record.get("vocab", {})
-    rows = [
-        *([["tokens", *(str(counted[x]) for x in ("before", "after"))]] if counted else []),
-        *(
-            [what, *(millions(params[f"{of}{when}"]) for when in ("before", "after"))]
-            for what, of in COUNTS_SHOWN
-            if f"{of}before" in params
-        ),
-        *(
-            [f"perplexity, {name}", f"{ppl['before'][name]:.2f}", f"{ppl['after'][name]:.2f}"]
-            for name in ppl["before"]
-        ),
-    ]
+def print_result(folder: Path, record: Mapping[str, Any], output: Output, answers: bool) -> None:
+    """Print one checkpoint's record as tables and two lines; its answers too if `answers`."""
+    ppl, params, both = record["perplexity"], record["params"], ("before", "after")
+    rows = []
+    if (counted := record.get("vocab")) is not None:
+        rows.append(["tokens", *(str(counted[x]) for x in both)])
+    for what, of in COUNTS_SHOWN:
+        if f"{of}before" in params:
+            rows.append([what, *(millions(params[f"{of}{x}"]) for x in both)])
+    for name in ppl["before"]:
+        rows.append([f"perplexity, {name}", *(f"{ppl[x][name]:.2f}" for x in both)])
     if (copied := record.get("copying")) is not None:
-        rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in ("before", "after"))])
+        rows.append(["copying, % right", *(f"{copied[x]:.1f}" for x in both)])
     output.table("Held-out text, before and after", ["", "dense", "pruned"], rows)
-    print_beside(record, samples, output)
+    print_beside(record, read_samples(folder / RUN) if answers else [], output)
     asked = record["asked"]
     goal = f"target {record['target']:.1%}"
     if asked["kind"] in COUNTED:
@@ -162,6 +150,27 @@ def print_result(
         goal = f"{asked['kind']} {say(reached(record))} of {wanted}"
     output.line(f"Reached {record['sparsity']:.3%} of the decoder is gone ({goal})")
     print_end(folder, record, output)
+
+
+def print_beside(
+    record: Mapping[str, Any], samples: Sequence[Mapping[str, str]], output: Output
+) -> None:
+    """Print what a record says of answers and context, and answers side by side.
+
+    Args:
+        record: with `answers` and `context`, or one of them, or neither.
+        samples: as `read_samples` returns them.
+        output: where to.
+    """
+    tables = {"Answers": answer_rows(record), "Context": context_rows(record)}
+    for title, rows in tables.items():
+        if rows:
+            output.line()
+            output.table(title, ["", "dense", "pruned"], [list(row.cells) for row in rows])
+    for sample in samples:
+        output.line(f"The {sample['which']} answer, by repeats: {sample['prompt']}")
+        for who in ("dense", "pruned"):
+            output.line(f"  {who}: {' '.join(sample[who].split())}")
 
 
 def print_end(folder: Path, record: Mapping[str, Any], output: Output) -> None:

@@ -7,11 +7,10 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset
 
-from nuteprune.console import Output, megabytes, millions
+from nuteprune.console import Output, dtype_name, megabytes, millions
 from nuteprune.data.examples import Examples
 from nuteprune.jobs.job import RecoverJob
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.units import dtype_name
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD
 from nuteprune.train.recover import RecoverTrainer

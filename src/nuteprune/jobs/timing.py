@@ -19,18 +19,21 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from nuteprune.console import Bars
+from nuteprune.console import Bars, dtype_name
 from nuteprune.errors import UserError
 from nuteprune.export.record import weights_size
+from nuteprune.files import write_json
 from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
 from nuteprune.judge.bench import Timing, advice, compare, say_ratio, summarize
 from nuteprune.judge.llama_cpp import LlamaCppRunner, require_binding
-from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Work, Workload
 from nuteprune.judge.worker import Runner, TorchRunner, Worker
 from nuteprune.model.family_file import from_dict, to_dict
 from nuteprune.model.lookup import all_brought_along, bring_along
 
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
+ENGINES = (TRANSFORMERS, LLAMA_CPP)
+"""What runs models; the default first."""
 GGUF_TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 REPORTED = (
     ("prefill", "tokens/s", "prefill_tokens_per_second", 1, "higher", "prefill"),
@@ -41,49 +44,37 @@ REPORTED = (
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A model that a worker can load.
+class Engine:
+    """A program that runs models, and how it does.
 
     Args:
-        load: loads it, in the worker's process.
-        bytes_on_disk: gives those of the files that it is loaded from, None where they cannot be
-            told; a hub's are there once it was loaded.
-    """
-
-    load: Callable[[], Runner]
-    bytes_on_disk: Callable[[], int | None]
-
-
-@dataclass(frozen=True)
-class Transformers:
-    """Plain transformers, which loads a checkpoint as it is.
-
-    Args:
+        name: one of `ENGINES`.
         device: `cpu` or `cuda`.
-        dtype: the one to compute in.
+        dtype: the one to compute in; of llama.cpp that of matrices in the file.
         threads: on a CPU; None: as many as torch takes.
     """
 
+    name: str
     device: str
     dtype: torch.dtype
     threads: int | None = None
 
-    @classmethod
-    def from_options(cls, device: str, dtype: str, threads: int | None = None) -> Transformers:
-        """Return the engine that these options ask for; they may be `auto`."""
-        kind = pick_device(device)
-        return cls(kind, pick_dtype(dtype, kind), threads)
-
-    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Make a model ready; nothing is written.
+    def prepare(self, model: str, place: Path, bars: Bars) -> Callable[[], Runner]:
+        """Return what loads a model, in a worker's process; for llama.cpp it is exported.
 
         Args:
             model: as the user named it.
-            place: a path that is free for it, in a folder that lives as long as the workers.
+            place: a path that is free for its file, in a folder that lives as long as the workers.
             bars: where progress is shown.
         """
+        if self.name == LLAMA_CPP:
+            return self._exported(model, place, bars)
         own = tuple(map(to_dict, all_brought_along()))
-        return Ready(partial(self._load, model, own), partial(_on_disk, model))
+        return partial(self._load, model, own)
+
+    def bytes_on_disk(self, model: str, place: Path) -> int | None:
+        """Return the bytes of the files of a loaded model, None where they cannot be told."""
+        return place.stat().st_size if self.name == LLAMA_CPP else _on_disk(model)
 
     def _load(self, model: str, own: tuple[dict[str, Any], ...]) -> TorchRunner:
         """Load a model in the worker's process, after registering the users' families there."""
@@ -95,39 +86,11 @@ class Transformers:
         loaded.to(self.device)  # type: ignore[arg-type]
         return TorchRunner(loaded)
 
-
-@dataclass(frozen=True)
-class LlamaCpp:
-    """llama.cpp on the CPU, which loads GGUF files: a model is exported first.
-
-    Args:
-        dtype: that of matrices in the file.
-        threads: None: as many as torch takes.
-    """
-
-    dtype: torch.dtype
-    threads: int | None = None
-    device = "cpu"
-
-    @classmethod
-    def from_options(cls, device: str, dtype: str, threads: int | None) -> LlamaCpp:
-        """Return the engine that these options ask for; they may be `auto`.
-
-        Raises:
-            UserError: if its binding is not installed, or another device is asked for.
-        """
-        require_binding()
-        if device not in ("auto", cls.device):
-            raise UserError(f"device {device}: llama.cpp is timed on the CPU; leave --device out")
-        # The exporter's default, whatever the hardware: what people run.
-        return cls(pick_dtype("float16" if dtype == "auto" else dtype, cls.device), threads)
-
-    def prepare(self, model: str, place: Path, bars: Bars) -> Ready:
-        """Export a model to a file at `place`; see `Transformers.prepare`."""
+    def _exported(self, model: str, file: Path, bars: Bars) -> Callable[[], Runner]:
         from nuteprune.export.gguf.write import write_gguf  # what others do not need
 
-        loaded, file = load_model(model, None), place.with_suffix(".gguf")
-        written = write_gguf(
+        loaded = load_model(model, None)
+        write_gguf(
             loaded,
             load_tokenizer(model, remedy="leave --engine out, since transformers needs none"),
             file,
@@ -136,28 +99,25 @@ class LlamaCpp:
         )
         work = dataclasses.replace(Work.of(loaded), bytes_per_parameter=self.dtype.itemsize)
         positions = getattr(loaded.config, "max_position_embeddings", None)
-        load = partial(LlamaCppRunner, str(file), work, positions, self.threads)
-        return Ready(load, lambda: written.bytes)
+        return partial(LlamaCppRunner, str(file), work, positions, self.threads)
 
 
-Engine = Transformers | LlamaCpp
-"""A program that runs models on a device in a dtype; `prepare` makes a model ready for it."""
-ENGINES: dict[str, Callable[[str, str, int | None], Engine]] = {
-    "transformers": Transformers.from_options,
-    "llama.cpp": LlamaCpp.from_options,
-}
-"""Name -> what makes the engine of device, dtype and threads; the default first."""
-
-
-def pick_engine(name: str, device: str, dtype: str, threads: int | None) -> Engine:
-    """Return the engine that options name.
+def pick_engine(name: str, device: str, dtype: str, threads: int | None = None) -> Engine:
+    """Return the engine that options ask for; device and dtype may be `auto`.
 
     Raises:
         UserError: if the engine is unknown, or cannot run here with these options.
     """
     if name not in ENGINES:
         raise UserError(f"--engine {name} is unknown; pass one of {', '.join(ENGINES)}")
-    return ENGINES[name](device, dtype, threads)
+    if name == LLAMA_CPP:
+        require_binding()
+        if device not in ("auto", "cpu"):
+            raise UserError(f"device {device}: llama.cpp is timed on the CPU; leave --device out")
+        # The exporter's default, whatever the hardware: what people run.
+        device, dtype = "cpu", "float16" if dtype == "auto" else dtype
+    kind = pick_device(device)
+    return Engine(name, kind, pick_dtype(dtype, kind), threads)
 
 
 def _on_disk(model: str) -> int | None:
@@ -198,12 +158,31 @@ def measure(
         torch.cuda.empty_cache()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ready = {name: engine.prepare(name, folder / str(i), bars) for i, name in enumerate(names)}
-        workers = {name: stack.enter_context(Worker(name, one.load)) for name, one in ready.items()}
+        places = {name: folder / f"{i}.gguf" for i, name in enumerate(names)}
+        loads = {name: engine.prepare(name, place, bars) for name, place in places.items()}
+        workers = {name: stack.enter_context(Worker(name, load)) for name, load in loads.items()}
         _check_positions(workers, settings)
-        timings = [_time(workers, setting, repeats, bars) for setting in settings]
-    found = _result(workers, ready, settings, timings)
-    return {**found, "device": engine.device, "dtype": dtype_name(engine.dtype), "repeats": repeats}
+        measured = [_timed(workers, setting, repeats, bars) for setting in settings]
+        models = {}
+        for name, worker in workers.items():
+            work = worker.about.work
+            models[name] = {
+                **dataclasses.asdict(work),
+                "bytes_in_memory": work.parameters * work.bytes_per_parameter,
+                "bytes_on_disk": engine.bytes_on_disk(name, places[name]),
+            }
+    first = workers[names[0]].about
+    return {
+        "model": names[0],
+        "against": names[1] if len(names) == 2 else None,
+        **{x: getattr(first, x) for x in ("engine", "hardware", "threads", "attention")},
+        "models": models,
+        "settings": measured,
+        "advice": advice([x["speedup"] for x in measured if "speedup" in x], first.work),
+        "device": engine.device,
+        "dtype": dtype_name(engine.dtype),
+        "repeats": repeats,
+    }
 
 
 def _check_positions(workers: dict[str, Worker], settings: Sequence[Workload]) -> None:
@@ -216,59 +195,29 @@ def _check_positions(workers: dict[str, Worker], settings: Sequence[Workload]) -
             )
 
 
-def _time(
+def _timed(
     workers: dict[str, Worker], setting: Workload, repeats: int, bars: Bars
-) -> dict[str, list[Timing]]:
-    """Let the workers take turns, in an order that turns round each time."""
-    timings: dict[str, list[Timing]] = {name: [] for name in workers}
+) -> dict[str, Any]:
+    """Let the workers take turns, in an order that turns round each time; return the figures."""
+    passes: dict[str, list[Timing]] = {name: [] for name in workers}
     what = f"batch {setting.batch_size}, prompt {setting.length}"
     for repeat in range(repeats + 1):
         for name in list(workers)[:: -1 if repeat % 2 else 1]:
             timing = workers[name].time(setting)
             if repeat:
-                timings[name].append(timing)
+                passes[name].append(timing)
         bars.update(what, repeat, repeats)
-    return timings
+    models = {name: summarize(setting, timings) for name, timings in passes.items()}
+    found: dict[str, Any] = {**dataclasses.asdict(setting), "models": models}
+    if len(workers) == 2:
+        (ours, dense), works = passes.values(), [x.about.work for x in workers.values()]
+        found["speedup"] = compare(setting, ours, dense, *works)
+    return found
 
 
-def _result(
-    workers: dict[str, Worker],
-    ready: dict[str, Ready],
-    settings: Sequence[Workload],
-    timings: Sequence[dict[str, list[Timing]]],
-) -> dict[str, Any]:
-    """Return all figures, fit for JSON."""
-    first = next(iter(workers.values()))
-    models = {
-        name: {
-            **dataclasses.asdict(worker.about.work),
-            "bytes_in_memory": worker.about.work.parameters * worker.about.work.bytes_per_parameter,
-            "bytes_on_disk": ready[name].bytes_on_disk(),
-        }
-        for name, worker in workers.items()
-    }
-    measured = []
-    for setting, found in zip(settings, timings, strict=True):
-        entry: dict[str, Any] = {
-            **dataclasses.asdict(setting),
-            "models": {name: summarize(setting, passes) for name, passes in found.items()},
-        }
-        if len(workers) == 2:
-            (ours, dense), works = found.values(), [x.about.work for x in workers.values()]
-            entry["speedup"] = compare(setting, ours, dense, *works)
-        measured.append(entry)
-    faster = [entry["speedup"] for entry in measured if "speedup" in entry]
-    return {
-        "model": first.name,
-        "against": list(workers)[1] if len(workers) == 2 else None,
-        "engine": first.about.engine,
-        "hardware": first.about.hardware,
-        "threads": first.about.threads,
-        "attention": first.about.attention,
-        "models": models,
-        "settings": measured,
-        "advice": advice(faster, first.about.work),
-    }
+def write_speed(path: Path, found: dict[str, Any]) -> None:
+    """Keep what was measured of two models for the report."""
+    write_json(path, {**found, **for_report(found)})
 
 
 def conditions(found: dict[str, Any]) -> str:

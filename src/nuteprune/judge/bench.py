@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.judge.work import Work, Workload
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name
 
 GOOD = 0.9
@@ -41,26 +41,25 @@ class Timing:
 
 
 @torch.inference_mode()
-def time_once(model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int) -> Timing:
-    """Time greedy decoding with a KV cache.
+def time_once(model: PreTrainedModel, setting: Workload) -> Timing:
+    """Time one pass of random tokens: greedy decoding with a KV cache.
 
     Args:
         model: a causal LM.
-        prompt_BT: token ids to start from, on the model's device.
-        new_tokens: tokens decoded after the first one.
+        setting: how many tokens are read, and decoded after the first one.
     """
-    _wait(model)
-    started = time.perf_counter()
+    vocabulary = Anatomy(model).embedding.weight.shape[0]
+    size, random = (setting.batch_size, setting.length), torch.Generator().manual_seed(0)
+    prompt_BT = torch.randint(vocabulary, size, generator=random).to(model.device)
+    started = _now(model)
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     key = cache_name(output)
     next_B1 = output.logits[:, -1:].argmax(-1)
-    _wait(model)
-    known = time.perf_counter()
-    for _ in range(new_tokens):
+    known = _now(model)
+    for _ in range(setting.new_tokens):
         output = model(input_ids=next_B1, use_cache=True, logits_to_keep=1, **{key: output[key]})
         next_B1 = output.logits[:, -1:].argmax(-1)
-    _wait(model)
-    return Timing(known - started, time.perf_counter() - known)
+    return Timing(known - started, _now(model) - known)
 
 
 def hardware_of(device: torch.device | str) -> str:
@@ -69,9 +68,11 @@ def hardware_of(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _wait(model: PreTrainedModel) -> None:
+def _now(model: PreTrainedModel) -> float:
+    """Return the time, in seconds, when the model's device has done what it was told."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+    return time.perf_counter()
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

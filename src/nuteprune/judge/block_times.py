@@ -1,8 +1,6 @@
 """Times blocks with different counts of heads and neurons, as the model runs them.
 
 A model of a few layers is made that have the counts in turn, so that one pass visits them all.
-
-Shape suffixes: B sequences, T tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -17,16 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from nuteprune.console import dtype_name
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.gates.costs import PHASES, SCHEMA
 from nuteprune.judge.bench import PASSES, hardware_of, time_once
-from nuteprune.judge.units import dtype_name
 from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
@@ -143,13 +142,10 @@ def cost_table(
     heads = not (dense.family.refusal("heads") and dense.family.refusal("kv_groups"))
     attentions, neurons = counts_timed(dense.shape, heads)
     trial = Anatomy(trial_model(dense, attentions, neurons).to(device=device, dtype=dtype))
-    rows, size = trial.embedding.weight.shape[0], (setting.batch_size, setting.length)
-    random = torch.Generator().manual_seed(0)
-    prompt_BT = torch.randint(rows, size, generator=random).to(device)
     passes = []
     for i in range(PASSES + 1):
         with watched(trial) as found:
-            time_once(trial.model, prompt_BT, setting.new_tokens)
+            time_once(trial.model, setting)
         if i:  # the first warms up
             passes.append(found)
     return {
@@ -203,13 +199,9 @@ def _rest(passes: Sequence[Times], timed: int, layers: int) -> dict[str, float]:
     """Return the seconds spent outside blocks: in each layer, and outside layers."""
     rests = []
     for times in passes:
-        blocks = [times[f"{block} {i}"] for block in BLOCK_KINDS for i in range(timed)]
-        layer_s = [sum(x) for x in zip(*(times[f"layer {i}"] for i in range(timed)), strict=True)]
-        block_s = [sum(x) for x in zip(*blocks, strict=True)]
-        rests.append(
-            [
-                whole - inside + (inside - inner) / timed * layers
-                for whole, inside, inner in zip(times[MODEL], layer_s, block_s, strict=True)
-            ]
+        whole, inside, inner = (
+            np.sum([calls for name, calls in times.items() if name.startswith(kinds)], axis=0)
+            for kinds in (MODEL, "layer", BLOCK_KINDS)
         )
+        rests.append(whole - inside + (inside - inner) / timed * layers)
     return {phase: max(0.0, seconds) for phase, seconds in _medians(rests).items()}

@@ -13,16 +13,20 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from nuteprune.judge.units import THIN
+from nuteprune.console import megabytes, scaled
+
+THIN = "\u202f"
+"""Stands between a number and its unit."""
 
 Line = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Points of a line: x and y."""
@@ -39,44 +43,10 @@ COLOURS: Final[Mapping[str, str]] = {
 }
 """Name of a CSS variable -> its colour on the light page."""
 
-# Sizes are points, and CSS pixels on a page where a plot is 340 wide: a phone.
+_STYLE = Path(__file__).with_name("plots.mplstyle")
 _WIDTH = 340
+"""Points, and CSS pixels on a page: a phone's."""
 _NAME = 24  # characters of a name that a row has room for
-_STYLE: Final[dict[Any, Any]] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nuteprune",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.8,
-    "text.color": COLOURS["ink"],
-    "text.parse_math": False,
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.labelcolor": COLOURS["muted"],
-    "axes.facecolor": "none",
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.titlesize": 10.8,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "grid.color": COLOURS["rule"],
-    "grid.linewidth": 0.6,
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "xtick.major.width": 0.7,
-    "xtick.minor.width": 0.5,
-    "ytick.left": False,
-    "ytick.minor.left": False,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 9.8,
-    "figure.facecolor": COLOURS["paper"],
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 220,
-}
 
 POINTS: Final = 500
 """Steps that a line has room for; if there are more, neighbours are averaged."""
@@ -105,6 +75,30 @@ def plain(text: str) -> str:
     return shown if len(shown) <= _NAME else f"{shown[: _NAME - 1]}…"
 
 
+def number(value: float) -> str:
+    """Return a number for people: grouped in thousands, fewer digits where it is large."""
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
+    return f"{value:,.{digits}f}"
+
+
+def count(value: float) -> str:
+    """Return a count of parameters for people."""
+    return THIN.join(filter(None, scaled(value, "B")))
+
+
+def size(value: float) -> str:
+    """Return a number of bytes for people."""
+    return megabytes(value).replace(" ", THIN)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f}{THIN}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}{THIN}min" if minutes < 120 else f"{seconds / 3600:.1f}{THIN}h"
+
+
 def percent(share: float, digits: int = 0) -> str:
     """Return a share as a percentage."""
     return f"{100 * share:.{digits}f}{THIN}%"
@@ -118,7 +112,7 @@ def new_figure(title: str, height: int) -> Iterator[tuple[Figure, Axes]]:
         title: what it shows.
         height: in points.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(fname=_STYLE):
         figure = Figure(figsize=(_WIDTH / 72, height / 72))
         axes = figure.add_subplot()
         axes.set_title(title)
@@ -127,7 +121,7 @@ def new_figure(title: str, height: int) -> Iterator[tuple[Figure, Axes]]:
 
 def finish(name: str, alt: str, figure: Figure) -> Plot:
     """Write a drawing in both forms; see `Plot`."""
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context(fname=_STYLE), warnings.catch_warnings():
         # The page's fonts may have what the plot's own lacks, and the PNG shows a box.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         picture, drawing = io.BytesIO(), io.StringIO()
@@ -188,25 +182,13 @@ def steps_axis(axes: Axes) -> None:
     """Label an axis of steps, which are whole."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def legend(axes: Axes) -> None:
     """Put the legend between title and plot, three to a row."""
-    handles, labels = axes.get_legend_handles_labels()
     columns = 3
-    axes.set_title(axes.get_title(loc="left"), pad=10 + 14 * -(-len(labels) // columns))
-    made = axes.legend(
-        handles,
-        labels,
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=columns,
-        borderpad=0.2,
-        borderaxespad=0.2,
-        handlelength=1.3,
-        handletextpad=0.5,
-        labelspacing=0.25,
-        columnspacing=1.2,
-    )
+    made = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns)
+    rows = -(-len(made.get_texts()) // columns)
+    axes.set_title(axes.get_title(loc="left"), pad=10 + 14 * rows)
     made.set_in_layout(False)  # the title's pad makes room for it

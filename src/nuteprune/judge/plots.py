@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from nuteprune.judge.drawing import (
@@ -50,6 +50,12 @@ class LayerRow:
     kept: Sequence[int]
     before: Sequence[int]
 
+    @property
+    def shares(self) -> dict[int, float]:
+        """Layer -> share that it kept, of layers that had something to keep."""
+        pairs = zip(self.kept, self.before, strict=True)
+        return {layer: kept / before for layer, (kept, before) in enumerate(pairs) if before}
+
 
 def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float] | None) -> Plot:
     """Draw the sparsity of student and teacher, and the target, over the steps.
@@ -80,7 +86,7 @@ def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float
             )
         axes.set_ylim(bottom=0)
         digits = 0 if axes.get_ylim()[1] > 0.04 else 1
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: percent(y, digits)))
+        axes.yaxis.set_major_formatter(lambda y, _: percent(y, digits))
         steps_axis(axes)
         legend(axes)
     return finish("sparsity", f"{alt}.", figure)
@@ -115,14 +121,11 @@ def layers_plot(rows: Sequence[LayerRow]) -> Plot:
     count = len(rows[0].kept)
     with new_figure("Kept in each layer", 62 + 40 * len(rows)) as (figure, axes):
         for i, row in enumerate(rows):
-            for layer, (kept, before) in enumerate(zip(row.kept, row.before, strict=True)):
-                if before:  # else there was nothing to keep
-                    _cell(axes, layer, i, kept / before)
-        axes.set_xlim(-0.5, count - 0.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+            for layer, share in row.shares.items():
+                _cell(axes, layer, i, share)
+        axes.set(xlim=(-0.5, count - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="layer")
         axes.set_yticks(range(len(rows)), [row.name for row in rows], color=COLOURS["ink"])
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.set_xlabel("layer")
         axes.grid(False)
         axes.spines[:].set_visible(False)
         _scale(figure)
@@ -147,8 +150,8 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike) -> Plot:
         bins = max(8, min(48, int(np.sqrt(max(1, len(score_N))) * 2)))
         low, high = (score_N.min(), score_N.max()) if len(score_N) else (0.1, 1.0)
         edges: Any = np.geomspace(low, high if high > low else low * 2, bins + 1)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power(x)))
+        axes.set(xscale="log", xlabel="score (loss if removed)")
+        axes.xaxis.set_major_formatter(lambda x, _: power(x))
         axes.xaxis.set_minor_formatter(NullFormatter())
         groups = [(~kept_N, "orange", "removed"), (kept_N, "blue", "kept")]
         axes.hist(
@@ -160,9 +163,8 @@ def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike) -> Plot:
             edgecolor=COLOURS["paper"],
             linewidth=0.4,
         )
-        axes.set_xlabel("score (loss if removed)")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         legend(axes)
     stay, go = int(kept_N.sum()), int((~kept_N).sum())
     alt = f"Histogram of the scores of {len(score_N):,} {words}: {stay:,} kept, {go:,} not."
@@ -197,14 +199,14 @@ def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> 
         top = max([*old, *new], default=1.0)
         if top > 30 * min([*old, *new], default=1.0):
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.margins(x=0.2)
         else:
             axes.set_xlim(0, top * 1.15)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             if top >= 1000:  # long numbers would touch
-                axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+                axes.xaxis.set_major_formatter("{x:,.0f}")
         legend(axes)
     pairs = "; ".join(f"{plain(x)}: {before[x]:.2f} dense, {after[x]:.2f} pruned" for x in names)
     return finish("perplexity", f"Dot chart of perplexity. {pairs}.", figure)
@@ -236,7 +238,7 @@ def _loss_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     def label(y: float) -> str:
         return f"{y:g}" if y == 0 or abs(y) >= linear else ""
 
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: label(y)))
+    axes.yaxis.set_major_formatter(lambda y, _: label(y))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -262,9 +264,7 @@ def _scale(figure: Figure) -> None:
 
 
 def _row_in_words(row: LayerRow) -> str:
-    pairs = zip(row.kept, row.before, strict=True)
-    shares = {layer: kept / before for layer, (kept, before) in enumerate(pairs) if before}
-    said = f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept"
+    said, shares = f"{row.name}: {sum(row.kept):,} of {sum(row.before):,} kept", row.shares
     if not shares:
         return f"{said}."
     least = min(shares, key=lambda layer: shares[layer])

@@ -17,11 +17,10 @@ from nuteprune.export.record import perplexities_of
 from nuteprune.files import atomic, write_text, writing
 from nuteprune.gates.budget import share_gone
 from nuteprune.judge import plots
-from nuteprune.judge.drawing import POINTS, Plot, percent
+from nuteprune.judge.drawing import POINTS, THIN, Plot, count, duration, number, percent, size
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.plots import LayerRow
 from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
-from nuteprune.judge.units import THIN, count, duration, number, size
 from nuteprune.model.shape import MLP_COUNTS, SAID
 from nuteprune.run_folder import CARD, REPORT
 
@@ -118,14 +117,14 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         "duration": duration,
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
     }
-    record = files.record
-    commands, recipe = again(record or {}, files.folder.name)
+    record = files.record or {}
+    commands, recipe = again(record, files.folder.name)
     return environment.get_template("report.html").render(
-        name=str((record or {}).get("base_model") or files.folder.name),
+        name=str(record.get("base_model") or files.folder.name),
         record=record,
         verdict=verdict(files),
         table=headline(record, files.speed) if record else [],
-        definitions=definitions(record or {}),
+        definitions=definitions(record),
         rows=kept_rows(record) if record else [],
         files=files,
         last=files.metrics[-1] if files.metrics else None,
@@ -133,7 +132,6 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         plots=drawn,
         points=POINTS,
         gates=[plot for name, plot in drawn.items() if name.startswith("gates_")],
-        ramped=pruning_steps(files) and _ramped(files.metrics),
         commands=commands,
         recipe=recipe,
     )

@@ -15,23 +15,30 @@ if something wrote them, two small files that the report shows as they are:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
+from nuteprune.export.record_form import NUMBER, TEXT, Form, several, unlike
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.products import read_tensors
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
 
-_SAMPLE_KEYS = ("prompt", "dense", "pruned")
-_SPEED_NUMBERS = ("dense", "pruned", "gain", "low", "high", "bound")
-_SPEED_KEYS = ("name", "unit", "better", "verdict", *_SPEED_NUMBERS)
+_SAMPLES = several("prompts with both answers", dict.fromkeys(("prompt", "dense", "pruned"), TEXT))
+_TIMED = {
+    **dict.fromkeys(("name", "unit", "better", "verdict"), TEXT),
+    **dict.fromkeys(("dense", "pruned", "gain", "low", "high", "bound"), NUMBER),
+}
+_SPEED = {
+    "conditions": TEXT,
+    "rows": several("timed rows", _TIMED),
+    "notes": several("texts", TEXT),
+}
 
 
 GateScores = tuple[NDArray[np.float64], NDArray[np.bool_]]
@@ -88,13 +95,7 @@ def read_run(folder: Path) -> RunFiles:
             f"{root} has neither {RECORD} nor a step in {RUN}/{METRICS}; pass the --out folder "
             "of prune or recover"
         )
-    speed = _json(run / SPEED)
-    if speed is not None:
-        rows = speed.get("rows") if isinstance(speed, dict) else None
-        _check_rows(run / SPEED, rows, _SPEED_KEYS, _SPEED_NUMBERS)
-        notes = speed.get("notes")
-        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-            raise UserError(f"{run / SPEED} cannot be shown: notes must be a list of texts")
+    speed = _read(run / SPEED, _SPEED)
     return RunFiles(root, run, record, metrics, read_samples(run), speed, _gates(run))
 
 
@@ -104,11 +105,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: if they cannot be shown.
     """
-    samples = _json(run / SAMPLES)
-    if samples is None:
-        return []
-    _check_rows(run / SAMPLES, samples, _SAMPLE_KEYS)
-    return cast(list[dict[str, Any]], samples)
+    return _read(run / SAMPLES, _SAMPLES) or []
 
 
 def pruning_steps(files: RunFiles) -> bool:
@@ -169,28 +166,17 @@ def _is_step(line: Any) -> bool:
     )
 
 
-def _json(path: Path) -> Any:
+def _read(path: Path, form: Form) -> Any:
+    """Return what a JSON file holds, None if there is none."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _check_rows(path: Path, rows: Any, keys: Sequence[str], numbers: Sequence[str] = ()) -> None:
-    def fits(row: Any) -> bool:
-        return (
-            isinstance(row, dict)
-            and all(key in row for key in keys)
-            and all(isinstance(row[key], (int, float)) for key in numbers)
-        )
-
-    if not isinstance(rows, list) or not all(map(fits, rows)):
-        raise UserError(
-            f"{path} cannot be shown: each of its rows must have {', '.join(keys)}"
-            + (f" ({' and '.join(numbers)} as numbers)" if numbers else "")
-        )
+    if wrong := unlike(found, form, ""):
+        raise UserError(f"{path} cannot be shown: {wrong}")
+    return found
 
 
 def _gates(run: Path) -> dict[str, GateScores]:

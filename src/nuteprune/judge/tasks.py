@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import statistics
@@ -258,16 +257,17 @@ def read_scores(results: Mapping[str, Any]) -> dict[str, Score]:
     """
     rows: Mapping[str, Mapping[str, Any]] = results.get("results", {})
     subtasks = results.get("group_subtasks", {})
-    averaged = [members for group, members in subtasks.items() if _metrics(rows.get(group))]
-    hidden = set(itertools.chain.from_iterable(averaged))
+    averaged = (members for group, members in subtasks.items() if _metrics(rows.get(group)))
+    hidden = {task for members in averaged for task in members}
     found = {task: _metrics(row) for task, row in rows.items() if task not in hidden}
     return {task: _score(task, keys, results) for task, keys in found.items() if keys}
 
 
 def _score(task: str, keys: list[str], results: Mapping[str, Any]) -> Score:
-    plain = [key for key in keys if key.split(",")[0] != "acc_norm"]
-    normalized = [key for key in keys if key.split(",")[0] == "acc_norm"]
-    counts = next(iter(normalized if task in _NORMALIZED and normalized else plain or normalized))
+    names = [key.partition(",")[0] for key in keys]
+    normalized = task in _NORMALIZED
+    suited = (x for x, name in zip(keys, names, strict=True) if (name == "acc_norm") == normalized)
+    counts = next(suited, keys[0])
     row, better = results["results"][task], results.get("higher_is_better", {}).get(task, {})
 
     def figure(key: str) -> Figure:
@@ -276,7 +276,6 @@ def _score(task: str, keys: list[str], results: Mapping[str, Any]) -> Score:
         known = float(stderr) if isinstance(stderr, (int, float)) else None
         return Figure(float(row[key]), known, better.get(name) is not False)
 
-    names = [key.partition(",")[0] for key in keys]
     others = {
         # The harness names a metric once for each way to read an answer (gsm8k).
         name if names.count(name) == 1 else key: figure(key)

@@ -6,6 +6,7 @@ Shape suffixes: N blocks, T tokens of a block.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -158,41 +159,28 @@ def make_blocks(
     """
     joining = protocol.joinings.get(name, protocol.joining)
     stride = protocol.stride or protocol.length
-    needed = None if protocol.blocks is None else protocol.length + stride * (protocol.blocks - 1)
-    tokens = _tokenized(rows, tokenizer, joining, protocol.special_tokens, needed)
-    # As `data.blocks` makes its blocks; published protocols have it at the very start alone.
-    bos = bos_of(tokenizer) if joining == END_OF_TEXT else []
+    most = protocol.blocks
+    needed = sys.maxsize if most is None else protocol.length + stride * (most - 1)
+    bos: list[int] = []
+    if joining == END_OF_TEXT:  # as `data.blocks` makes its blocks
+        bos = bos_of(tokenizer)
+        special_tokens, documents = bool(bos), tokens_of(rows, tokenizer)
+    else:  # published protocols have bos at the very start alone
+        special_tokens, text = protocol.special_tokens, JOININGS[joining].join(rows)
+        encoded = tokenizer(text, add_special_tokens=special_tokens, verbose=False)
+        documents = iter([encoded["input_ids"]])
+    tokens = collect(documents, needed).long()
     if len(tokens) < protocol.length - len(bos):
         raise too_short(name, len(tokens), protocol.length)
     tokens_NT, context_N = cut(tokens, protocol.length, stride, bos)
-    most = protocol.blocks
     described = {
         "joining": joining,
-        "special_tokens": bool(bos) if joining == END_OF_TEXT else protocol.special_tokens,
+        "special_tokens": special_tokens,
         "block_length": protocol.length,
         "stride": stride,
         "block_count": len(tokens_NT[:most]),
     }
     return Blocks(tokens_NT[:most], context_N[:most], described)
-
-
-def _tokenized(
-    rows: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    joining: str,
-    special_tokens: bool,
-    most: int | None,
-) -> Tensor:
-    """Return the tokens (n,) of joined rows, as far as they are needed."""
-    if joining == END_OF_TEXT:
-        documents: Iterable[list[int]] = tokens_of(rows, tokenizer)
-    else:
-        text = JOININGS[joining].join(rows)
-        encoded = tokenizer(text, add_special_tokens=special_tokens, verbose=False)
-        documents = [encoded["input_ids"]]
-    if most is None:
-        return torch.tensor(list(itertools.chain.from_iterable(documents)), dtype=torch.long)
-    return collect(documents, most).long()
 
 
 def cut(tokens: Tensor, length: int, stride: int, bos: Sequence[int] = ()) -> tuple[Tensor, Tensor]:

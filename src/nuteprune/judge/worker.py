@@ -1,7 +1,4 @@
-"""A model that is timed, in its own process: its memory is its own, and passes can take turns.
-
-Shape suffixes: B sequences, T tokens of a prompt.
-"""
+"""A model that is timed, in its own process: its memory is its own, and passes can take turns."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ from nuteprune import memory
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.bench import Timing, hardware_of, time_once
 from nuteprune.judge.work import Work, Workload
-from nuteprune.model.anatomy import Anatomy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +74,7 @@ class TorchRunner:
 
     def time(self, setting: Workload) -> Timing:
         """Time one pass of random tokens."""
-        random = torch.Generator().manual_seed(0)
-        size = (setting.batch_size, setting.length)
-        vocabulary = int(Anatomy(self._model).embedding.weight.shape[0])
-        prompt_BT = torch.randint(vocabulary, size, generator=random).to(self._model.device)
-        return time_once(self._model, prompt_BT, setting.new_tokens)
+        return time_once(self._model, setting)
 
 
 class Worker(AbstractContextManager["Worker"]):

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import JUDGED
+from nuteprune.data.prompts import Prompts, make_prompts
+from nuteprune.data.tokens import bos_of
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.judge.copying import Copying, copying
+from nuteprune.judge.answers import TOKENS, answer_both, entry_of, pick_samples
+from nuteprune.judge.context import SPANS, copying, cut_blocks, judge_context
 from nuteprune.judge.perplexity import perplexities, protocol
 
 Figures = dict[str, Any]
 """`perplexity` {source: value}, `copying` {percent, protocol} or None; fit for JSON."""
-
-
-def copies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **how: int
-) -> Copying | None:
-    """Return how a model copies; None where it has too few ids or positions to tell.
-
-    Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
-        **how: `seed` and `batch_size`, as `copying` takes them.
-    """
-    try:
-        return copying(model, tokenizer, **how)
-    except UserError:
-        return None
+BLOCKS: Final = 12
+"""Blocks of text at most that the use of context is measured on, where nothing else is said."""
 
 
 def judge(
@@ -63,10 +52,9 @@ def judge(
             f"the perplexity of {name} is not finite ({found}); use --dtype float32, or a "
             "lower learning rate"
         )
-    copied = copies(model, tokenizer)
-    about = {"percent": copied.percent, "protocol": copied.protocol} if copied else None
+    copied = copying(model, tokenizer)
     progress(title, 1, 1)
-    return {"perplexity": found, "copying": about}
+    return {"perplexity": found, "copying": copied._asdict() if copied else None}
 
 
 def entries(held_out: Mapping[str, Tensor], before: Figures, after: Figures) -> dict[str, Any]:
@@ -80,3 +68,49 @@ def entries(held_out: Mapping[str, Tensor], before: Figures, after: Figures) -> 
             "protocol": before["copying"]["protocol"],
         }
     return found
+
+
+def judge_beside(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Mapping[str, Tensor],
+    *,
+    prompts: Prompts | None = None,
+    tokens: int = TOKENS,
+    blocks: int = BLOCKS,
+) -> dict[str, Any]:
+    """Judge a pruned model's answers and its use of context beside the dense model's.
+
+    Args:
+        dense: the dense model.
+        pruned: the pruned one; both compute where their parameters are.
+        tokenizer: of both.
+        text: held-out blocks, source -> token ids (N, T); may be empty.
+        prompts: those to answer; None: those of `make_prompts`.
+        tokens: most tokens per answer.
+        blocks: most blocks of text for each span of context.
+
+    Returns:
+        The record's `answers` and `context`, and the `samples` of the report; each where it can be
+        had.
+
+    Raises:
+        UserError: if prompts that were given are too long.
+    """
+    found: dict[str, Any] = {}
+    try:
+        asked = prompts or make_prompts(dense, tokenizer, text)
+        pairs = answer_both(dense, pruned, tokenizer, asked, tokens)
+        found["answers"] = entry_of(pairs, asked.source, tokens)
+        found["samples"] = pick_samples(pairs, tokenizer)
+    except UserError:
+        if prompts is not None:
+            raise
+    bos = bos_of(tokenizer)
+    spans = {}
+    for span in SPANS:
+        blocks_NT = cut_blocks(list(text.values()), span, bos, most=blocks)
+        if len(blocks_NT):
+            spans[str(span.length)] = judge_context(dense, pruned, blocks_NT, span, bos)
+    return found | ({"context": spans} if spans else {})

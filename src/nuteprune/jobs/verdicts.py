@@ -9,8 +9,8 @@ from typing import Any, Final
 from nuteprune.console import Output
 from nuteprune.data.fingerprint import IN_DOMAIN, NOT_KNOWN, OTHER_TEXT
 from nuteprune.export.figures import definitions
-from nuteprune.judge.beside import Beside, print_beside
-from nuteprune.judge.copying import Copying
+from nuteprune.jobs.show import print_beside
+from nuteprune.judge.context import Copying
 from nuteprune.judge.perplexity import OVERLAPPING, PROTOCOL, mean
 from nuteprune.judge.protocols import HELD_OUT
 from nuteprune.judge.retention import retention, retention_stderr, retentions
@@ -44,7 +44,7 @@ class Verdicts:
         midway: model -> sparsity of its masks, of models in the middle of a run.
         retention: `perplexity`, `copying` and `tasks` -> text or task -> percent; see `compare`.
         flips: task -> questions that one model has right and the other wrong; see `compare`.
-        beside: answers and context of the first model beside the dense one's; None: not judged.
+        beside: what `judge_beside` says of the first model; empty: not judged.
         retention_stderr: `tasks` -> task -> standard error of that, in percentage points.
     """
 
@@ -55,7 +55,7 @@ class Verdicts:
     tasks: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
     midway: dict[str, float] = dataclasses.field(default_factory=dict)
     flips: dict[str, Flips] = dataclasses.field(default_factory=dict)
-    beside: Beside | None = None
+    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     retention: dict[str, Retention] = dataclasses.field(default_factory=dict)
     retention_stderr: dict[str, Retention] = dataclasses.field(default_factory=dict)
 
@@ -102,7 +102,7 @@ class Verdicts:
             "retention_stderr": self.retention_stderr,
             "flips": {task: found._asdict() for task, found in self.flips.items()},
             "midway_sparsity": self.midway,
-            **({} if self.beside is None else self.beside.to_dict()),
+            **self.beside,
         }
 
     def print(self, output: Output) -> None:
@@ -117,10 +117,9 @@ class Verdicts:
                 self._print_perplexity(output, title, texts)
         if self.copying and self.copying.keys() == set(names):
             self._print_copying(output)
-        if self.beside is not None:
-            print_beside(self.beside.entries, self.beside.samples, output)
-            for said in definitions(self.beside.entries):
-                output.line(said)
+        print_beside(self.beside, self.beside.get("samples", []), output)
+        for said in definitions(self.beside):
+            output.line(said)
         if self.tasks:
             self._print_tasks(output)
 

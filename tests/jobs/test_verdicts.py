@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from nuteprune.console import Output
-from nuteprune.judge.beside import Beside
-from nuteprune.judge.copying import Copying
+from nuteprune.jobs.verdicts import Verdicts
+from nuteprune.judge.context import Copying
 from nuteprune.judge.tasks import Score
 from nuteprune.judge.texts import Blocks
-from nuteprune.judge.verdicts import Verdicts
 from tests.export.test_card import BESIDE
 
 
 def copied(percent: float, **changes: Any) -> Copying:
     how = {"sequences": 32, "length": 100, "tokens": 3200, "highest_id": 9000, "seed": 1}
-    return Copying(percent, 3200, how | changes)
+    return Copying(percent, how | changes)
 
 
 def test_copies_of_other_sequences_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +37,7 @@ def test_answers_and_context_are_told_with_what_they_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     sample = {"which": "worst", "prompt": "Why?", "dense": "So.", "pruned": "So\nso so"}
-    verdicts = Verdicts({}, None, beside=Beside(BESIDE, [sample]))
+    verdicts = Verdicts({}, None, beside={**BESIDE, "samples": [sample]})
     verdicts.print(Output())
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for expected in (
