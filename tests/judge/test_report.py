@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nuteprune.data.fingerprint import text_kind
 from nuteprune.errors import UserError
@@ -23,7 +22,6 @@ from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
 from nuteprune.judge.report import kept_rows, verdict
 from nuteprune.judge.run_files import read_run, teacher_sparsities
-from nuteprune.products import write_tensors
 from tests.export.test_card import BESIDE
 from tests.undrawn import leave_blank
 
@@ -267,8 +265,6 @@ def test_pictures_have_words_and_tables_have_headers(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("drawn")
 def test_plots_take_every_colour_and_font_from_the_page(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "out", a_record(), some_steps())
-    write_tensors(folder / "run/score.safetensors", SCORES, {})
-    write_tensors(folder / "run/choose.safetensors", masks_of(30), {})
     html = write_report(folder).read_text()
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
     assert len(drawings) == 6
@@ -548,44 +544,13 @@ def test_teachers_come_from_the_record_else_from_the_steps(tmp_path: Path) -> No
     assert "teacher" not in page_of(untaught).text.lower().replace("numerous teachers", "")
 
 
-def gates_of(page: Page) -> str:
-    assert "gates" in page.sections
-    return " ".join(a.get("aria-label", "") for _, a in page.elements)
-
-
-SCORES = {"neurons": torch.arange(1.0, 41.0), "kv_groups": torch.tensor([0.5, 0.1, 0.5])}
-
-
-def masks_of(neurons: int) -> dict[str, torch.Tensor]:
-    return {"neurons": (torch.arange(40) < neurons).float(), "kv_groups": torch.ones(3)}
-
-
-def test_gates_come_from_what_was_scored_and_chosen(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "out", a_record(), some_steps()) / "run"
-    write_tensors(run / "score.safetensors", SCORES, {})
-    assert "gates" not in page_of(run.parent).sections  # nothing is chosen yet
-    write_tensors(run / "choose.safetensors", masks_of(30), {})
-    page = page_of(run.parent)
-    assert "40 neurons: 30 kept, 10 not." in gates_of(page)
-    assert {"gates_neurons.png", "gates_kv_groups.png"} <= {
-        path.name for path in (run / "plots").iterdir()
-    }
-    (run / "score.safetensors").write_bytes(b"cut off")
-    assert "gates" not in page_of(run.parent).sections
-
-
-def test_of_several_targets_each_has_its_own_run_and_scores_are_shared(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    write_tensors(tmp_path / "run/score.safetensors", SCORES, {})
+def test_of_several_targets_each_has_its_own_run(tmp_path: Path) -> None:
     for share, steps in ((0.2, 3), (0.5, 5)):
-        folder = a_run(tmp_path / f"sparsity-{share}", a_record(target=share), some_steps(steps))
-        write_tensors(folder / "run/choose.safetensors", masks_of(int(40 - 40 * share)), {})
-    page = page_of(tmp_path / "sparsity-0.2")
-    assert "32 kept, 8 not" in gates_of(page)
+        a_run(tmp_path / f"sparsity-{share}", a_record(target=share), some_steps(steps))
+    assert write_report(tmp_path / "sparsity-0.2").parents[1].name == "sparsity-0.2"
     assert len(read_run(tmp_path / "sparsity-0.2").metrics) == 3
     for folder in (tmp_path, tmp_path / "run"):  # the highest
         assert write_report(folder) == (tmp_path / "sparsity-0.5/run/report.html").resolve()
-    assert "20 kept, 20 not" in gates_of(Page(tmp_path / "sparsity-0.5/run/report.html"))
 
 
 def test_what_each_stage_took_is_a_table(tmp_path: Path) -> None:

@@ -173,11 +173,6 @@ def dots(step: NDArray[np.float64]) -> dict[str, Any]:
     return {"marker": "o", "ms": 3.5} if len(step) < 4 else {}
 
 
-def power(x: float) -> str:
-    """Return a power of ten as text, which takes the page's font."""
-    return "10" + f"{round(np.log10(x))}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
 def steps_axis(axes: Axes) -> None:
     """Label an axis of steps, which are whole."""
     axes.set_xlabel("step")

@@ -1,8 +1,6 @@
-"""The plots of a report: sparsity, loss, layers, gates and perplexity.
+"""The plots of a report: sparsity, loss, layers and perplexity.
 
 Text of the user goes through `plain` before it is drawn.
-
-Shape suffixes: N units of a kind of gate.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from nuteprune.judge.drawing import (
     COLOURS,
@@ -28,7 +26,6 @@ from nuteprune.judge.drawing import (
     new_figure,
     percent,
     plain,
-    power,
     steps_axis,
     thinned,
 )
@@ -131,44 +128,6 @@ def layers_plot(rows: Sequence[LayerRow]) -> Plot:
         _scale(figure)
     alt = "Heat map. " + " ".join(_row_in_words(row) for row in rows)
     return finish("layers", alt, figure)
-
-
-def gates_plot(kind: str, scores: ArrayLike, kept: ArrayLike) -> Plot:
-    """Draw how the scores of one kind of gate are distributed, and where the cut is.
-
-    Args:
-        kind: kind of gate.
-        scores: (N,), one per unit.
-        kept: (N,), whether a unit stays.
-    """
-    score_N = np.asarray(scores, dtype=float)
-    kept_N = np.asarray(kept, bool)
-    fine = np.isfinite(score_N) & (score_N > 0)
-    score_N, kept_N = score_N[fine], kept_N[fine]
-    words = kind.replace("kv_groups", "KV groups").replace("_", " ")
-    with new_figure(f"Scores of {words}", 200) as (figure, axes):
-        bins = max(8, min(48, int(np.sqrt(max(1, len(score_N))) * 2)))
-        low, high = (score_N.min(), score_N.max()) if len(score_N) else (0.1, 1.0)
-        edges: Any = np.geomspace(low, high if high > low else low * 2, bins + 1)
-        axes.set(xscale="log", xlabel="score (loss if removed)")
-        axes.xaxis.set_major_formatter(lambda x, _: power(x))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        groups = [(~kept_N, "orange", "removed"), (kept_N, "blue", "kept")]
-        axes.hist(
-            [score_N[group] for group, *_ in groups],
-            edges,
-            stacked=True,
-            color=[COLOURS[colour] for _, colour, _ in groups],
-            label=[label for *_, label in groups],
-            edgecolor=COLOURS["paper"],
-            linewidth=0.4,
-        )
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        legend(axes)
-    stay, go = int(kept_N.sum()), int((~kept_N).sum())
-    alt = f"Histogram of the scores of {len(score_N):,} {words}: {stay:,} kept, {go:,} not."
-    return finish(f"gates_{kind}", alt, figure)
 
 
 def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> Plot:

@@ -75,8 +75,6 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
     if files.metrics:
         yield plots.loss_plot(files.metrics)
-    for kind, (scores, kept) in files.gates.items():
-        yield plots.gates_plot(kind, scores, kept)
 
 
 def kept_rows(record: Mapping[str, Any]) -> list[LayerRow]:
@@ -131,7 +129,6 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         teachers=teacher_sparsities(files),
         plots=drawn,
         points=POINTS,
-        gates=[plot for name, plot in drawn.items() if name.startswith("gates_")],
         commands=commands,
         recipe=recipe,
     )

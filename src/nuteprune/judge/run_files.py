@@ -19,14 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.export.record_form import NUMBER, TEXT, Form, several, unlike
-from nuteprune.model.family import GATE_KINDS
-from nuteprune.products import read_tensors
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
 
 _SAMPLES = several("prompts with both answers", dict.fromkeys(("prompt", "dense", "pruned"), TEXT))
@@ -41,11 +36,6 @@ _SPEED = {
 }
 
 
-GateScores = tuple[NDArray[np.float64], NDArray[np.bool_]]
-"""Of one kind of gate: (N,) the loss that removing a unit is expected to cost, and whether it
-stays."""
-
-
 @dataclass(frozen=True)
 class RunFiles:
     """A run, read from its files.
@@ -57,7 +47,6 @@ class RunFiles:
         metrics: one mapping per logged step, in order.
         samples: rows of samples.json.
         speed: content of speed.json, None if there is none.
-        gates: kind of gate -> its scores, empty if they are gone, or were learned.
     """
 
     folder: Path
@@ -66,7 +55,6 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     speed: dict[str, Any] | None
-    gates: dict[str, GateScores]
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -96,7 +84,7 @@ def read_run(folder: Path) -> RunFiles:
             "of prune or recover"
         )
     speed = _read(run / SPEED, _SPEED)
-    return RunFiles(root, run, record, metrics, read_samples(run), speed, _gates(run))
+    return RunFiles(root, run, record, metrics, read_samples(run), speed)
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
@@ -177,22 +165,3 @@ def _read(path: Path, form: Form) -> Any:
     if wrong := unlike(found, form, ""):
         raise UserError(f"{path} cannot be shown: {wrong}")
     return found
-
-
-def _gates(run: Path) -> dict[str, GateScores]:
-    """Read the scores and masks of a run; nothing if they were removed.
-
-    Args:
-        run: the run's folder, or that of one of several targets, beside the folder that they share.
-    """
-    shared = run.parent.parent / RUN if run.parent.name.startswith(TARGETS) else run
-    try:
-        scores = read_tensors(shared / "score.safetensors")[0]
-        masks = read_tensors(run / "choose.safetensors")[0]
-    except UserError:
-        return {}  # of a recipe that learns masks, or cut off: the report does without
-    return {
-        kind: (scores[kind].double().numpy(), (masks[kind] > 0).numpy())
-        for kind in GATE_KINDS
-        if kind in scores and kind in masks
-    }
