@@ -21,7 +21,7 @@ from nuteprune.judge.beside import Beside, judge_beside
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
-from nuteprune.model.offload import bring_home
+from nuteprune.model.weights import bring_home
 from nuteprune.processes import agree, is_main
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT

@@ -17,9 +17,8 @@ from nuteprune.export.loading import load_config
 from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.gates.budget import Budget
 from nuteprune.model.family import Family
-from nuteprune.model.lookup import family_named
+from nuteprune.model.lookup import family_named, of_language_model
 from nuteprune.model.shape import COUNTS, SAID, Shape
-from nuteprune.model.wrappers import of_language_model
 
 Tensors = Mapping[str, list[int]]
 
