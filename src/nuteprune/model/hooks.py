@@ -64,6 +64,8 @@ def scale(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _scaled(output: Any, mask: Tensor | None) -> Any:
     """Scale what a module reads or gives: features, or a tuple that begins with them."""
+    if mask is None:
+        return output
     if isinstance(output, tuple):
         return (scale(output[0], mask), *output[1:])
     return scale(output, mask)
