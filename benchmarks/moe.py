@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from nuteprune import prune
 from nuteprune.data.blocks import training_blocks
 from nuteprune.data.demo import documents
-from nuteprune.data.split import split
+from nuteprune.data.fingerprint import split
 from nuteprune.errors import UserError
 from nuteprune.files import to_json
 

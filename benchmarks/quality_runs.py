@@ -250,7 +250,8 @@ class Bench:
             weights: what `refit` returned for them; None: the dense model's.
         """
         model = cut.model
-        with model.bank.using_weights(weights or {}), model.hooks.using(masks):
+        with model.bank.kept(), model.hooks.using(masks):
+            model.bank.install(weights or {})
             return self.judge.figures(model.anatomy.model)
 
     def _train(self, cell: Cell) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune import NutePruneConfig, UserError
 from nuteprune.data.blocks import BlockDataset, HeldOut, held_out_blocks, training_blocks
 from nuteprune.data.demo import TEXTS
-from nuteprune.data.fingerprint import IN_DOMAIN, Fingerprint, kind_of
+from nuteprune.data.fingerprint import IN_DOMAIN, Fingerprint, held_out_part, kind_of
 from nuteprune.data.mixture import tokens_to_write
 from nuteprune.data.specs import DEMO, iter_documents
-from nuteprune.data.split import held_out_part
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import mixture
 from nuteprune.judge.context import SEED, copying

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from nuteprune.export.gguf.architectures import ARCHITECTURES, Architecture
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS, Family
-from nuteprune.model.wrappers import WRAPPERS
+from nuteprune.model.lookup import WRAPPERS
 
 _INTRO = """\
 # What is supported

@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 
 from nuteprune import products
 from nuteprune.memory import mapped
-from nuteprune.model import lora, offload
+from nuteprune.model import lora, weights
 from nuteprune.plan.live import Live
 from nuteprune.stages import slice as cutting
 
@@ -170,11 +170,11 @@ def _let_weights_be_away(patch: pytest.MonkeyPatch) -> None:
     shell = staticmethod(lambda cls, *args, **how: make(cls, *args, **{**how, "device": "meta"}))
     patch.setattr(Tensor, "_make_wrapper_subclass", shell)
     for name in ("device", "is_meta", "is_cpu", "is_cuda"):
-        patch.setattr(offload.Away, name, vars(There)[name], raising=False)
+        patch.setattr(weights.Away, name, vars(There)[name], raising=False)
     # safetensors cannot read within a mode.
     patch.setattr(products, "read_tensors", _disable_current_modes()(products.read_tensors))
     outside = _disable_current_modes()(mapped)
-    for module in (offload, cutting, lora):
+    for module in (weights, cutting, lora):
         patch.setattr(module, "mapped", outside)
 
 

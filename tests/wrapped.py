@@ -78,7 +78,7 @@ def wrapper(name: str) -> PreTrainedModel:
     import torch
     import transformers
 
-    from nuteprune.model.wrappers import WRAPPERS
+    from nuteprune.model.lookup import WRAPPERS
 
     config = transformers.CONFIG_MAPPING[name](**CONFIGS[name])
     model = getattr(transformers, WRAPPERS[name].conditional)(config).eval()

@@ -19,7 +19,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
-from nuteprune.model.offload import bring_home
+from nuteprune.model.weights import bring_home
 from nuteprune.processes import is_main, main_ones
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from nuteprune.jobs.reproduce import commands
-from nuteprune.model.wrappers import WRAPPERS, own_name
+from nuteprune.model.lookup import WRAPPERS, own_name
 from tests.conftest import json_line
 from tests.wrapped import inputs, wrapper
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from nuteprune.data import blocks as data
 from nuteprune.data import demo as assets
 from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, turns
+from nuteprune.data.readers import shuffled
 from nuteprune.data.specs import iter_documents
-from nuteprune.data.split import shuffled
 from nuteprune.errors import UserError
 
 from .conftest import WORDS, make_tokenizer, words, write_text

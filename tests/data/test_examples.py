@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nuteprune.data.blocks import BlockDataset
 from nuteprune.data.examples import holds_instructions, pad, read_examples
+from nuteprune.data.fingerprint import split
 from nuteprune.data.specs import iter_documents
-from nuteprune.data.split import split
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.data.fingerprint import MOST, Fingerprint
-from nuteprune.data.split import split
+from nuteprune.data.fingerprint import MOST, Fingerprint, split
 
 
 def independent(text: str) -> str:

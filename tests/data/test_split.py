@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from nuteprune.data import readers
+from nuteprune.data import fingerprint, readers
+from nuteprune.data.fingerprint import HELD_OUT_SHARE, held_out_part, split, split_long
 from nuteprune.data.specs import iter_documents
-from nuteprune.data.split import HELD_OUT_SHARE, held_out_part, split
 
 
 def book(number: int, words: int = 9000) -> str:
@@ -157,9 +157,9 @@ def test_passages_that_are_all_the_same_are_on_one_side() -> None:
 def test_a_document_that_readers_cut_is_split_as_its_parts_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARS", 30_000)
+    monkeypatch.setattr(fingerprint, "MAX_DOCUMENT_CHARS", 30_000)
     document = book(1)
-    cut = readers.split_long(document)
+    cut = split_long(document)
     assert len(cut) > 1
     trained, held_out = split(document)
     assert trained == [x for part in cut for x in split(part)[0]]

@@ -25,7 +25,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.jobs.sources import around, read_config
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.model.wrappers import WRAPPERS, of_language_model, own_name
+from nuteprune.model.lookup import WRAPPERS, of_language_model, own_name
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.wrapped import CONFIGS, inputs, wrapper

@@ -27,7 +27,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Asked, _with, config_of, run
 from nuteprune.jobs.planned import in_bits
 from nuteprune.jobs.settings import make_job
-from nuteprune.model.wrappers import WRAPPERS
+from nuteprune.model.lookup import WRAPPERS
 from nuteprune.plan.live import Live
 from nuteprune.plan.need import (
     KERNEL,

@@ -16,7 +16,7 @@ from nuteprune.jobs.sources import (
     place,
     stored_dtype,
 )
-from nuteprune.model.packed import is_packed
+from nuteprune.model.weights import is_packed
 
 
 def test_one_accelerator_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> None:

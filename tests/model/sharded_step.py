@@ -19,7 +19,7 @@ from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.model.sharding import shard_base
+from nuteprune.model.weights import shard_base
 
 folder, out, how, checkpointing = sys.argv[1:]
 dist.init_process_group("gloo")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nuteprune.model import forwards
-from nuteprune.model.forwards import heads_as_tokens, last_logits
+from nuteprune.model.forwards import heads_as_tokens, last_logits, replaced
 from tests.families import each_family
 
 STOCK = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -96,3 +96,11 @@ def test_last_logits_are_the_stock_model_s_and_read_what_lies_together(
     torch.testing.assert_close(ours, whole[:, -5:])
     torch.testing.assert_close(ours, apart)
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_what_stands_in_for_values_leaves_them_and_their_order() -> None:
+    """The order of a module's parameters is that of their names in files."""
+    held = {"a": 1, "b": 2}
+    with replaced([(held, "a", 3), (held, "a", 4), (held, "c", 5)]):
+        assert held == {"a": 4, "b": 2, "c": 5}
+    assert list(held.items()) == [("a", 1), ("b", 2)]

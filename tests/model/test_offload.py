@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.offload import Away, Desk, bring_home, home_of, offload
+from nuteprune.model.weights import Away, Desk, bring_home, home_of, offload
 from tests.families import MIXTURES, each, each_family
 
 CPU = torch.device("cpu")

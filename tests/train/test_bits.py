@@ -12,7 +12,7 @@ import torch
 from nuteprune import UserError, load_pruned
 from nuteprune.jobs.sources import load_model
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.packed import weight_of
+from nuteprune.model.weights import weight_of
 
 from .conftest import make
 

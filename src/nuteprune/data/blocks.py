@@ -9,22 +9,19 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from nuteprune.data.fingerprint import Fingerprint
-from nuteprune.data.readers import Documents, split_long
+from nuteprune.data.fingerprint import Fingerprint, held_out_part, split, split_long
+from nuteprune.data.readers import Documents, shuffled
 from nuteprune.data.specs import DEMO, iter_documents
-from nuteprune.data.split import held_out_part, shuffled, split
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 REPEATS = 5
 """One block of self-written text in so many is shuffled tokens that come twice."""

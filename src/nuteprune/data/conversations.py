@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.data.columns import cell_text, chat_turns, render
 from nuteprune.data.tokens import bos_of, ids_of
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # The wording that models tuned on Alpaca-like data have seen (Taori et al. 2023).
 _TASK = "Below is an instruction that describes a task"

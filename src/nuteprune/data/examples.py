@@ -9,25 +9,22 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.data import readers
 from nuteprune.data.columns import laid_out, row_document
 from nuteprune.data.conversations import Row, encode, first_characters, stretches
-from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.fingerprint import Fingerprint, split, split_long
+from nuteprune.data.readers import shuffled
 from nuteprune.data.specs import embedded, hub_parts, local_files
-from nuteprune.data.split import shuffled, split
 from nuteprune.data.tokens import check_ids
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 HELD = 2**15
 """Rows that the next one is drawn from."""
@@ -170,7 +167,7 @@ def read_examples(
         if not _is_instruction(found):
             raise UserError(f"{where}: not instruction data, as the first row is; mend the row")
         document = row_document(row, layout, where, tokenizer)
-        for text in readers.split_long(document):
+        for text in split_long(document):
             known.add_document(text)
         held = split(document)[1]
         trained = document.find(held[0]) if held else None  # None: all of it

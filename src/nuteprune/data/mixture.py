@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.data.blocks import (
     BlockDataset,
@@ -17,9 +18,6 @@ from nuteprune.data.blocks import (
     written_blocks,
 )
 from nuteprune.run_folder import SELF
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 GUARD = 0.5
 """Share of the text that the model writes itself, by default. Calibrated on one kind of text alone,

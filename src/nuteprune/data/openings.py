@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.columns import render
 from nuteprune.data.tokens import bos_of, end_of, texts_of
 from nuteprune.errors import UserError
 from nuteprune.model.forwards import evaluating
 from nuteprune.simulated import scored
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 """The token that many models saw between documents in pretraining, even if another token ends texts

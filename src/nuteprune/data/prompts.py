@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.columns import chat_turns, render
 from nuteprune.data.openings import Openings, openings
@@ -17,9 +18,6 @@ from nuteprune.data.tokens import bos_of, ids_of, texts_of
 from nuteprune.data.writing import TextInProgress, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COUNT: Final = 24
 """How many prompts are made if no file is given."""

@@ -6,21 +6,23 @@ import codecs
 import io
 import itertools
 import json
+import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from nuteprune.data.columns import choose_layout
-from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.fingerprint import Fingerprint, split_long
 from nuteprune.errors import UserError, in_one_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-MAX_DOCUMENT_CHARS = 2**20  # a longer document counts as several, one after the other
 _MAX_JSON_ROW_CHARS = 2**24
 _CHUNK_BYTES = 2**20
 _PARQUET_ROWS = 64
 
+T = TypeVar("T")
 _DOCUMENT_END = re.compile(r"\n(?:[ \t]*\n){2,}")
 _EMPTY_LINES = re.compile(r"\A(?:[ \t]*\n)+")
 _BETWEEN_JSON_ROWS = re.compile(r"[\s,\[\]]*")
@@ -61,32 +63,22 @@ class Documents:
             yield row
 
 
-def boundary(text: str, near: int) -> int:
-    """Return where to cut a text: at its end, or after nearby white space.
-
-    Args:
-        text: the text.
-        near: the latest position wanted, in characters.
-
-    Returns:
-        The position, at most `near`.
-    """
-    if near >= len(text):
-        return len(text)
-    start = max(0, near - 256)
-    return max(text.rfind("\n", start, near), text.rfind(" ", start, near)) + 1 or near
-
-
-def split_long(text: str, most: int | None = None) -> list[str]:
-    """Cut a text into consecutive parts of at most `most` (`MAX_DOCUMENT_CHARS`) characters."""
-    most = most or MAX_DOCUMENT_CHARS
-    parts, start = [], 0
-    while len(text) - start > most:
-        window = text[start : start + most + 1]  # not all that is left: long texts have many parts
-        end = start + boundary(window, most)
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
+def shuffled(
+    items: Iterable[T], rng: random.Random, most: int, size_of: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Shuffle a stream: draw each item from a buffer of items with `most` characters in all."""
+    held: list[T] = []
+    size = 0
+    for item in items:
+        held.append(item)
+        size += size_of(item)
+        while size > most:
+            drawn = rng.randrange(len(held))
+            held[drawn], held[-1] = held[-1], held[drawn]
+            size -= size_of(held[-1])
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
 
 
 def text_files(path: Path) -> list[Path]:

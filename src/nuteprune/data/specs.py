@@ -43,7 +43,7 @@ def iter_documents(
         tokenizer: renders rows of chat messages; may be None where there are none.
 
     Returns:
-        Source name -> its documents, each of at most `readers.MAX_DOCUMENT_CHARS` characters; in a
+        Source name -> its documents, each of at most `MAX_DOCUMENT_CHARS` characters; in a
         fixed order.
 
     Raises:

@@ -6,15 +6,13 @@ Shape suffixes: N blocks, T tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:

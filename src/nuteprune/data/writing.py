@@ -12,18 +12,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nuteprune.data.openings import TEXT_TOKENS, Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name, evaluating, heads_as_tokens
 from nuteprune.processes import agree
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BATCH = 64
 """Texts that are written together; of short ones more, see `plain_together`."""

@@ -23,7 +23,7 @@ from nuteprune.gates.masks import Masks, NarrowMasks
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks, MaskSource, scale
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
-from nuteprune.model.packed import is_packed
+from nuteprune.model.weights import is_packed
 
 TEACHERS_MULTIPLE = 128
 """Teachers compute multiples of this many neurons in each layer. Otherwise they have many sizes,

@@ -55,7 +55,8 @@ def pruned_config(
         raise UserError("layer 0 must keep its attention: generation counts cached tokens there")
     names = family.config_names
     added = {*FREE_SHAPE_KEYS, *([INVERSE_DIVISOR] if family.logit_divisor else [])}
-    values = {k: v for k, v in config.to_dict().items() if k not in added} | family.settles
+    values = {k: v for k, v in config.to_dict().items() if k not in added}
+    values |= family.settles
     values[names["hidden"]] = shape.hidden
     if "head_dim" not in names:  # else the config's `head_dim` is something else, and stays
         values["head_dim"] = family.head_dim(config)

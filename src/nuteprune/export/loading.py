@@ -26,8 +26,7 @@ from nuteprune.export.hub import check_inside, record_path
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import NAMES, PREFIX, Family
-from nuteprune.model.lookup import bring_along, brought_along, family_named
-from nuteprune.model.wrappers import KEY_MAPPING, wrapper_of
+from nuteprune.model.lookup import KEY_MAPPING, bring_along, brought_along, family_named, wrapper_of
 from nuteprune.run_folder import SUMS
 from nuteprune.simulated import has_data
 

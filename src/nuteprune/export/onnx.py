@@ -28,7 +28,7 @@ from nuteprune.files import check_room, data_files, partial_of, remove, sync, wr
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Family
 from nuteprune.model.forwards import cache_name
-from nuteprune.model.packed import refuse_packed
+from nuteprune.model.weights import refuse_packed
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 """Packages of the extra `onnx`."""

@@ -22,9 +22,8 @@ from nuteprune.files import to_json, write_text
 from nuteprune.gates.budget import share_gone
 from nuteprune.memory import peak
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import brought_along, family_named
+from nuteprune.model.lookup import brought_along, family_named, of_language_model
 from nuteprune.model.shape import Shape
-from nuteprune.model.wrappers import of_language_model
 from nuteprune.run_folder import CARD, RECORD, TARGETS
 
 if TYPE_CHECKING:

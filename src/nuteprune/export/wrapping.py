@@ -16,8 +16,7 @@ from nuteprune.export.config import FREE_SHAPE_KEYS, free_shape_names
 from nuteprune.export.hub import file_of
 from nuteprune.export.loading import class_named
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import family_named
-from nuteprune.model.wrappers import Wrapper, own_name, wrapper_of
+from nuteprune.model.lookup import Wrapper, family_named, own_name, wrapper_of
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",

@@ -17,7 +17,7 @@ from nuteprune.gates.scores import Probe, Scores
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
-from nuteprune.model.packed import weight_of
+from nuteprune.model.weights import weight_of
 from nuteprune.processes import Team
 from nuteprune.simulated import scored
 

@@ -16,8 +16,8 @@ import numpy as np
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.packed import count
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.model.weights import count
 
 SCHEMA = 1
 """Of a table of seconds."""

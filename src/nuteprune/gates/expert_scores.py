@@ -19,7 +19,7 @@ from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
 from nuteprune.model.forwards import noting_calls
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.routing import rows_of
-from nuteprune.model.sharding import gathered
+from nuteprune.model.weights import gathered
 from nuteprune.processes import Team
 from nuteprune.simulated import has_data, scored
 

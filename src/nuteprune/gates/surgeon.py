@@ -38,8 +38,7 @@ from nuteprune.gates.surgeon_costs import (
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.forwards import in_place_of, noting_calls
 from nuteprune.model.layerwise import Layerwise
-from nuteprune.model.packed import weight_of
-from nuteprune.model.sharding import gathered
+from nuteprune.model.weights import gathered, weight_of
 
 INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
 """Kind of gate -> the block whose last projection reads its units, and is refitted."""

@@ -18,8 +18,9 @@ from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Layout, Masks, NarrowMasks
-from nuteprune.model.anatomy import Anatomy, reading_head
+from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import GATE_KINDS, Family
+from nuteprune.model.forwards import noting_outputs
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lookup import knowing
 from nuteprune.model.small import VOCABULARY, small_model
@@ -50,7 +51,7 @@ def settled(family: Family, small: PreTrainedConfig) -> Family:
         with hooks.using(open_):
             if not torch.equal(_logits(model, tokens), stock):
                 raise UserError("under open gates the model is not what it was")
-        with torch.no_grad(), reading_head(anatomy) as read:
+        with torch.no_grad(), noting_outputs([anatomy.final_norm]) as read:
             model(input_ids=tokens, use_cache=False)
         if difference := _off(Head.of(anatomy).logits(read[0][0]), stock[0]):
             raise UserError(f"logits are not what the entry makes of the head's: {difference}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -15,12 +14,11 @@ from nuteprune.files import at_home, write_text, writing
 from nuteprune.jobs.exactness import SHAPES, Found, examine, settled
 from nuteprune.jobs.guard import check_file
 from nuteprune.jobs.sources import locate
-from nuteprune.model.axes import base_config
 from nuteprune.model.family import Family
 from nuteprune.model.family_file import FamilyFile, read_family, to_dict, to_text
 from nuteprune.model.lookup import why_never
 from nuteprune.model.proposal import propose
-from nuteprune.model.small import config_named, small_config, small_model
+from nuteprune.model.small import base_config, config_named, small_config, small_model
 
 
 def run(
@@ -155,7 +153,7 @@ def _check_file(file: FamilyFile, config: PreTrainedConfig, small: PreTrainedCon
     file.check_against(small, small_model(small))
 
 
-def _refused(entry: Family, found: Found) -> MappingProxyType[str, str]:
+def _refused(entry: Family, found: Found) -> dict[str, str]:
     """Return the entry's refusals, and what did not hold when it was tried."""
     failed = {
         kind if shapes == "free" else f"{kind} {shapes}": f"when tried, {why}"
@@ -163,7 +161,7 @@ def _refused(entry: Family, found: Found) -> MappingProxyType[str, str]:
         for shapes, why in by.items()
         if why is not None
     }
-    return MappingProxyType({**entry.refused, **failed})
+    return {**entry.refused, **failed}
 
 
 def _cell(found: Found, kind: str, shapes: str) -> str:

@@ -19,8 +19,8 @@ from nuteprune.export.loading import causal_lm_of, load_config, one_line
 from nuteprune.export.record import perplexities_of, read_record
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.lookup import of_language_model
 from nuteprune.model.shape import COUNTS, SAID, Shape
-from nuteprune.model.wrappers import of_language_model
 
 Tensors = Mapping[str, list[int]]
 

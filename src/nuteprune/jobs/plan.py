@@ -21,8 +21,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_run import share_to_write, trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config, use_family
-from nuteprune.model.lookup import family_named
-from nuteprune.model.wrappers import wrapper_of
+from nuteprune.model.lookup import family_named, wrapper_of
 from nuteprune.plan.phases import FORMULA, ON_CPUS, SHARED_OUT, SIMULATED, Phase, Plan
 
 SPARE = 0.95

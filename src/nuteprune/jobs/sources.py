@@ -26,8 +26,7 @@ from nuteprune.files import at_home, check_name
 from nuteprune.jobs.job import DTYPES
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import bring_along, family_named
-from nuteprune.model.wrappers import wrapper_of
+from nuteprune.model.lookup import bring_along, family_named, wrapper_of
 from nuteprune.run_folder import SELF
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.fingerprint import Fingerprint, held_out_part
 from nuteprune.data.readers import Documents
 from nuteprune.data.specs import iter_documents, local_files
-from nuteprune.data.split import held_out_part
 from nuteprune.data.tokens import after, bos_of, collect, tokens_of, too_short
 from nuteprune.errors import UserError, in_one_line
 from nuteprune.files import at_home

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.model.sharding import is_sharded
+from nuteprune.model.weights import is_sharded
 
 ADAPTER = "default"
 
@@ -60,18 +60,13 @@ def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any
 
 def _names(anatomy: Anatomy, projections: Iterable[Projection]) -> str:
     """Return a regular expression of projections by layer and path, "" if none is there."""
-    found = filter(None, (_everywhere(anatomy, x) for x in projections))
-    return f"({'|'.join(names)})" if (names := list(found)) else ""
-
-
-def _everywhere(anatomy: Anatomy, projection: Projection) -> str:
-    """Return the regular expression of a projection in the layers that have it, "" if none."""
-    count = len(anatomy.layers)
-    there = [i for i in range(count) if anatomy.projection(i, projection) is not None]
-    if not there:
-        return ""
-    layers = r"\d+" if len(there) == count else f"({'|'.join(map(str, there))})"
-    return layers + r"\." + projection.path.replace(".", r"\.")
+    count, names = len(anatomy.layers), []
+    for projection in projections:
+        there = [str(i) for i in range(count) if anatomy.projection(i, projection) is not None]
+        if there:
+            layers = r"\d+" if len(there) == count else f"({'|'.join(there)})"
+            names.append(layers + r"\." + projection.path.replace(".", r"\."))
+    return f"({'|'.join(names)})" if names else ""
 
 
 def sides_of(lora: LoraLayer) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ Shape suffixes: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,8 +19,8 @@ from transformers import PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.model.family import Experts, Family, Projection, config_number
 from nuteprune.model.lookup import family_named
-from nuteprune.model.packed import count
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.model.weights import count
 
 
 def _at(module: Any, path: str) -> Any:
@@ -294,19 +293,20 @@ class Anatomy:
 
     def block_scale(self, block: str) -> float:
         """Return the factor between a block's last projection and the residual stream."""
-        if self.family.block_multipliers:
-            name = self.family.block_multipliers[block == "mlp_block"]
-            return config_number(self.config, name)
-        both = self.family.multipliers
-        return config_number(self.config, both[1]) if both else 1.0
+        own, both = self.family.block_multipliers, self.family.multipliers
+        if own:
+            return self._factor(own[block == "mlp_block"])
+        return self._factor(both[1] if both else None)
 
     def logit_scale(self) -> tuple[float, float | None]:
         """Return what happens to the head's output: (divisor, soft cap or None)."""
-        family, config = self.family, self.config
-        divisor = float(getattr(config, family.logit_divisor)) if family.logit_divisor else 1.0
-        if family.logit_multiplier:
-            divisor /= float(getattr(config, family.logit_multiplier))
-        return divisor, getattr(config, family.logit_softcap) if family.logit_softcap else None
+        family = self.family
+        divisor = self._factor(family.logit_divisor) / self._factor(family.logit_multiplier)
+        cap = getattr(self.config, family.logit_softcap) if family.logit_softcap else None
+        return divisor, cap
+
+    def _factor(self, name: str | None) -> float:
+        return config_number(self.config, name) if name else 1.0
 
     def parameters(self) -> int:
         """Count all parameters of the model, tied ones once, adapters not counted."""
@@ -321,14 +321,6 @@ def no_logits(ids_BT: Tensor) -> Tensor:
     sequence.
     """
     return ids_BT.new_empty(0)
-
-
-@contextmanager
-def reading_head(anatomy: Anatomy) -> Iterator[list[Tensor]]:
-    """Collect what the language head reads (B, T, D) in each call inside the context."""
-    read: list[Tensor] = []
-    with anatomy.final_norm.register_forward_hook(lambda _, __, output: read.append(output)):
-        yield read
 
 
 def silence_dropout(model: nn.Module) -> None:

@@ -1,191 +1,255 @@
-"""What the supported model types are made of: frozen data, one short entry per family."""
+"""What the supported model types are made of: entries of hybrids and mixtures, and all by name."""
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
-from nuteprune.model.builds import (
-    FUSED_MLP,
-    GEMMA2,
-    GLM,
-    LAYER_NORM,
-    LLAMA,
-    OLMO2,
+from nuteprune.model.dense import (
+    DENSE,
+    GATED_MLP,
     PLAIN,
-    PLAIN_MLP,
-    POST_NORM,
     QK_NORMS,
     SCALED,
-    SHARED_NORM,
     attention,
+    mixer,
     mlp,
-    names,
     variant,
+    within,
 )
-from nuteprune.model.family import Family, Projection
-from nuteprune.model.hybrids import HYBRIDS
-from nuteprune.model.mixtures import MIXTURES
+from nuteprune.model.family import CONFIG_NAMES, Experts, Family, Projection
 
-UNGROUPED = MappingProxyType(
-    {"heads": "num_attention_heads", "neurons": "intermediate_size", "hidden": "hidden_size"}
+QWEN3_5 = variant(
+    PLAIN,
+    "qwen3_5_text",
+    attention=(Projection("self_attn.q_proj", ("qgate",), "hidden"), *attention()[1:]),
+    mixer=mixer("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    mixer_module="linear_attn",
+    vllm_backend=False,
+    norm="rms_1p",
+    qk_norms=QK_NORMS,
+    gguf=("qwen35",),
 )
-"""Names in a config without KV heads."""
 
-DENSE = (
-    LLAMA,
-    variant(PLAIN, "mistral", "Mistral"),
-    variant(
-        PLAIN, "qwen2", "Qwen2", vllm_head_dim_from_hidden=True, gguf=("qwen2", "llama", "deci")
-    ),
-    variant(PLAIN, "qwen3", "Qwen3", qk_norms=QK_NORMS, gguf=("qwen3", "openelm")),
+HYBRIDS = (
+    QWEN3_5,
     variant(
         PLAIN,
-        "phi3",
-        "Phi3",
+        "lfm2",
+        attention=attention("out_proj"),
+        mixer=mixer("conv", "in_proj"),
+        mixer_module="conv",
+        mixer_follows_width=True,
+        vllm_head_dim_from_hidden=True,
+        vllm_backend=False,
+        mlp=mlp("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
+        mlp_modules=("feed_forward",),
+        attention_norms=("operator_norm",),
+        mlp_norms=("ffn_norm",),
+        qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        final_norm="model.embedding_norm",
+        config_names={**CONFIG_NAMES, "epsilon": "norm_eps"},
+        settles={"block_auto_adjust_ff_dim": False},
+        gguf=("lfm2",),
+    ),
+    variant(
+        SCALED,
+        "granitemoehybrid",
+        mixer=mixer("mamba", "in_proj"),
+        mixer_module="mamba",
+        vllm_head_dim_from_hidden=True,
+        vllm_backend=False,
+        mlp=mlp("shared_mlp.input_linear", "shared_mlp.output_linear", fused=2),
+        mlp_modules=("shared_mlp",),
+        config_names={**CONFIG_NAMES, "neurons": "shared_intermediate_size"},
+        requires={"num_local_experts": 0},
+        refused={
+            "hidden": "the config class demands that the inner width of the mixers is a "
+            "multiple of the hidden size, so that cannot be cut alone"
+        },
+        gguf=("granitehybrid", "granite", "deci"),
+    ),
+    variant(
+        PLAIN,
+        "falcon_h1",
+        mixer=mixer("mamba", "in_proj"),
+        mixer_module="mamba",
+        vllm_backend=False,
+        mlp=within("feed_forward", GATED_MLP),
+        mlp_modules=("feed_forward",),
+        mlp_norms=("pre_ff_layernorm",),
+        final_norm="model.final_layernorm",
+        logit_multiplier="lm_head_multiplier",
+        block_multipliers=("attention_out_multiplier", "mlp_multipliers.1"),
+        gguf=("falcon-h1",),
+    ),
+)
+
+_EXPERTS = {
+    **{k: v for k, v in CONFIG_NAMES.items() if k != "neurons"},
+    "experts": "num_local_experts",
+    "expert_neurons": "intermediate_size",
+}
+"""Names in the config of a mixture whose layers all have experts."""
+_ALL_EXPERTS = {"neurons": "all of its neurons are those of experts; use --gates expert_neurons"}
+_SHARED_WIDTH = (
+    "the stock class makes the shared expert as wide as the routed ones; use --shapes free"
+)
+
+MIXTRAL = variant(
+    PLAIN,
+    "mixtral",
+    experts=Experts(),
+    config_names=_EXPERTS,
+    refused=_ALL_EXPERTS,
+    gguf=("llama, experts",),
+)
+
+QWEN3_MOE = variant(
+    PLAIN,
+    "qwen3_moe",
+    qk_norms=QK_NORMS,
+    experts=Experts(count_in_4="num_experts"),
+    config_names={
+        **CONFIG_NAMES,
+        "experts": "num_local_experts",
+        "expert_neurons": "moe_intermediate_size",
+    },
+    gguf=("qwen3moe",),
+)
+
+QWEN2_MOE = variant(
+    QWEN3_MOE,
+    "qwen2_moe",
+    vllm_head_dim_from_hidden=True,
+    qk_norms=(),
+    experts=Experts(
+        shared=within("mlp.shared_expert", GATED_MLP), shared_gate="mlp.shared_expert_gate"
+    ),
+    config_names={
+        **QWEN3_MOE.config_names,
+        "experts": "num_experts",
+        "shared_neurons": "shared_expert_intermediate_size",
+    },
+    gguf=("qwen2moe",),
+)
+
+GLM4_MOE = variant(
+    QWEN3_MOE,
+    "glm4_moe",
+    experts=Experts(
+        shared=within("mlp.shared_experts", GATED_MLP),
+        shared_times="n_shared_experts",
+        groups="n_group",
+    ),
+    buffers=("mlp.gate.e_score_correction_bias",),
+    gguf=("glm4moe",),
+    refused={"neurons uniform": _SHARED_WIDTH, "expert_neurons uniform": _SHARED_WIDTH},
+)
+
+MIXTURES = (
+    MIXTRAL,
+    variant(
+        MIXTRAL,
+        "olmoe",
+        qk_norms=QK_NORMS,
+        joint_qk_norms=True,
         counts_heads=True,
+        config_names={**_EXPERTS, "experts": "num_experts"},
+        attention_clip="clip_qkv",
+        gguf=("olmoe",),
+        refused={
+            **_ALL_EXPERTS,
+            "hidden": "its norms of queries and keys are as wide as the model",
+        },
+    ),
+    QWEN3_MOE,
+    QWEN2_MOE,
+    variant(
+        QWEN3_5,
+        "qwen3_next",
+        mixer=mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"),
+        experts=QWEN2_MOE.experts,
+        config_names=QWEN2_MOE.config_names,
+        gguf=("qwen3next",),
+    ),
+    variant(
+        QWEN3_5,
+        "qwen3_5_moe_text",
+        experts=QWEN2_MOE.experts,
+        # No layer is without experts, so neurons are those of shared ones.
+        config_names={**QWEN2_MOE.config_names, "neurons": "shared_expert_intermediate_size"},
+        gguf=("qwen35moe",),
+    ),
+    GLM4_MOE,
+    variant(
+        GLM4_MOE,
+        "deepseek_v3",
         attention=(
-            Projection("self_attn.qkv_proj", ("q", "kv", "kv"), "hidden"),
+            Projection("self_attn.q_proj", ("latent",), "hidden"),  # or the next two
+            Projection("self_attn.q_a_proj", ("latent",), "hidden"),
+            Projection("self_attn.q_b_proj", ("latent",), "latent"),
+            Projection("self_attn.kv_a_proj_with_mqa", ("latent",), "hidden"),
+            Projection("self_attn.kv_b_proj", ("latent",), "latent"),
             Projection("self_attn.o_proj", ("hidden",), "q"),
         ),
-        mlp=FUSED_MLP,
-        gguf=("phi3", "llama", "deci"),
-    ),
-    GEMMA2,
-    variant(GEMMA2, "gemma3_text", "Gemma3", qk_norms=QK_NORMS, gguf=("gemma3",)),
-    variant(SCALED, "granite", "Granite", gguf=("granite", "deci")),
-    variant(
-        LAYER_NORM,
-        "gpt_neox",
-        "GPTNeoX",
-        layers="gpt_neox.layers",
-        embedding="gpt_neox.embed_in",
-        final_norm="gpt_neox.final_layer_norm",
-        attention=(
-            Projection("attention.query_key_value", ("qkv",), "hidden"),
-            Projection("attention.dense", ("hidden",), "q"),
-        ),
-        mlp=mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        attention_module="attention",
-        head_dim_from_hidden=True,
-        heads_divide_hidden=True,
-        config_names=UNGROUPED,
-        rope_names=MappingProxyType(
-            {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-        ),
-        gguf=("gptneox",),
-    ),
-    variant(
-        LAYER_NORM,
-        "opt",
-        "OPT",
-        layers="model.decoder.layers",
-        embedding="model.decoder.embed_tokens",
-        final_norm="model.decoder.final_layer_norm",
-        attention=attention("out_proj"),
-        mlp=mlp("fc1", "fc2"),
-        attention_norms=("self_attn_layer_norm",),
-        mlp_norms=("final_layer_norm",),
-        mlp_modules=("fc1", "fc2"),
         counts_heads=True,
-        head_dim_from_hidden=True,
-        heads_divide_hidden=True,
-        config_names=names(UNGROUPED, neurons="ffn_dim"),
-        requires=MappingProxyType({"do_layer_norm_before": True}),
-        activation="activation_function",
+        qk_norms=(),
+        latent=("kv_lora_rank", "qk_rope_head_dim"),
+        vllm_backend=False,
+        latent_norms=("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+        config_names={
+            **GLM4_MOE.config_names,
+            "experts": "n_routed_experts",
+            "head_dim": "v_head_dim",
+        },
+        rope_pairs="neighbours",
+        gguf=("deepseek2",),
     ),
-    variant(PLAIN, "smollm3", "SmolLM3", gguf=("smollm3",)),
-    variant(PLAIN, "seed_oss", "SeedOss"),
-    variant(PLAIN, "ernie4_5", "Ernie4_5", rope_pairs="neighbours"),
-    variant(PLAIN, "ministral", "Ministral"),
-    variant(PLAIN, "ministral3", "Ministral3", gguf=()),
+    variant(
+        MIXTRAL,
+        "granitemoe",
+        vllm_head_dim_from_hidden=True,
+        mlp_modules=("block_sparse_moe",),
+        experts=Experts(
+            projections=within("block_sparse_moe", Experts.projections),
+            router="block_sparse_moe.router",
+            files=(".experts.", ".input_linear.", ".output_linear."),
+        ),
+        logit_divisor=SCALED.logit_divisor,
+        multipliers=SCALED.multipliers,
+        gguf=("granitemoe",),
+    ),
+    variant(
+        MIXTRAL,
+        "gpt_oss",
+        experts=Experts(router="mlp.router", transposed=True, gives_pair=True, interleaved=True),
+        # While heads are masked, attention wants a sink for each.
+        per_head=("self_attn.sinks",),
+        counts_heads=True,
+        gguf=("gpt-oss",),
+    ),
     variant(
         PLAIN,
-        "hunyuan_v1_dense",
-        "HunYuanDenseV1",
-        qk_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"),
-        gguf=("hunyuan-dense",),
-    ),
-    variant(LLAMA, "arcee", "Arcee", mlp=PLAIN_MLP, gguf=("arcee",)),
-    variant(
-        PLAIN,
-        "apertus",
-        "Apertus",
-        mlp=PLAIN_MLP,
-        attention_norms=("attention_layernorm",),
-        mlp_norms=("feedforward_layernorm",),
-        qk_norms=QK_NORMS,
-        buffers=("mlp.act_fn.beta", "mlp.act_fn.eps"),
-        gguf=(),
-    ),
-    variant(PLAIN, "gemma", "Gemma", norm="rms_1p", scaled_embedding=True, gguf=("gemma",)),
-    variant(
-        GEMMA2,
-        "vaultgemma",
-        "VaultGemma",
-        attention_norms=("input_layernorm",),
-        mlp_norms=("pre_feedforward_layernorm",),
-        post_norms=None,
-        gguf=(),
-    ),
-    GLM,
-    variant(
-        GLM,
-        "glm4",
-        "Glm4",
-        attention_norms=("input_layernorm", "post_self_attn_layernorm"),
-        mlp_norms=("post_attention_layernorm", "post_mlp_layernorm"),
-        post_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
-        gguf=("glm4",),
-    ),
-    variant(POST_NORM, "exaone4", "Exaone4", gguf=("exaone4",)),
-    variant(OLMO2, "olmo2", "Olmo2", gguf=("olmo2",)),
-    variant(OLMO2, "olmo3", "Olmo3"),
-    variant(PLAIN, "helium", "Helium", heads_fill_width=True, rope_pairs="neighbours"),
-    variant(
-        LAYER_NORM,
-        "starcoder2",
-        "Starcoder2",
-        mlp=mlp("mlp.c_fc", "mlp.c_proj"),
-        gguf=("starcoder2",),
-    ),
-    variant(LAYER_NORM, "nemotron", "Nemotron", mlp=PLAIN_MLP, norm="layer_1p", gguf=("nemotron",)),
-    variant(LAYER_NORM, "olmo", "Olmo", attention_clip="clip_qkv", gguf=("olmo",)),
-    variant(
-        LAYER_NORM,
-        "stablelm",
-        "StableLm",
-        counts_heads=True,
-        head_dim_from_hidden=True,
-        heads_divide_hidden=True,
-        requires=MappingProxyType({"qk_layernorm": False, "use_parallel_residual": False}),
-        gguf=("stablelm",),
-    ),
-    variant(
-        SHARED_NORM,
-        "phi",
-        "Phi",
-        attention=attention("dense"),
-        mlp=mlp("mlp.fc1", "mlp.fc2"),
-        final_norm="model.final_layernorm",
-        requires=MappingProxyType({"qk_layernorm": False}),
-        gguf=("phi2",),
-    ),
-    variant(
-        SHARED_NORM,
-        "cohere",
-        "Cohere",
-        logit_multiplier="logit_scale",
-        requires=MappingProxyType({"use_qk_norm": False}),
-        gguf=("command-r",),
+        "llama4_text",
+        vllm_backend=False,
+        mlp=within("feed_forward", GATED_MLP),
+        mlp_modules=("feed_forward",),
+        qk_norms=("self_attn.qk_norm",),
+        experts=Experts(
+            projections=within("feed_forward", Experts.projections),
+            router="feed_forward.router",
+            shared=within("feed_forward.shared_expert", GATED_MLP),
+            shared_times=1,
+            transposed=True,
+            weighed_first=True,
+        ),
+        config_names={
+            **CONFIG_NAMES,
+            "neurons": "intermediate_size_mlp",
+            "experts": "num_local_experts",
+            "expert_neurons": "intermediate_size",
+        },
         rope_pairs="neighbours",
-    ),
-    variant(
-        SHARED_NORM,
-        "cohere2",
-        "Cohere2",
-        logit_multiplier="logit_scale",
-        gguf=("cohere2",),
-        rope_pairs="neighbours",
+        refused=GLM4_MOE.refused,
+        gguf=("llama4",),
     ),
 )
 

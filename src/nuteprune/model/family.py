@@ -16,8 +16,8 @@ Only the entries know a model type; nobody but `anatomy.py` follows these paths.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 PREFIX = "pruned_"
@@ -39,11 +39,9 @@ NAMES = {
     ),
 }
 """Our word for a dimension -> what configs call it, the usual name first."""
-CONFIG_NAMES = MappingProxyType({k: names[0] for k, names in NAMES.items() if k != "layers"})
+CONFIG_NAMES = {k: names[0] for k, names in NAMES.items() if k != "layers"}
 """What most configs call what an entry names."""
-ROPE_NAMES = MappingProxyType(
-    {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
-)
+ROPE_NAMES = {x: x for x in ("rope_theta", "partial_rotary_factor")}
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,9 @@ class Family:
     """Norms of the latents of queries, and of keys and values."""
     heads_divide_hidden: bool = False
     """The stock config demands that the head count divides the hidden size."""
-    config_names: MappingProxyType[str, str] = field(default_factory=lambda: CONFIG_NAMES)
+    config_names: Mapping[str, str] = field(default_factory=lambda: CONFIG_NAMES)
     """Our word for a dimension -> the config's attribute."""
-    rope_names: MappingProxyType[str, str] = field(default_factory=lambda: ROPE_NAMES)
+    rope_names: Mapping[str, str] = field(default_factory=lambda: ROPE_NAMES)
     """Key of `rope_parameters` -> top-level key of config.json up to transformers 4."""
     logit_divisor: str | None = None
     """Config attribute by which logits are divided."""
@@ -205,12 +203,12 @@ class Family:
     """Config attribute that names the MLP's activation function."""
     gguf: tuple[str, ...] = ()
     """llama.cpp's architectures that compute the same (`export.gguf.architectures`), best first."""
-    requires: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    requires: Mapping[str, object] = field(default_factory=dict)
     """Config values that this entry describes; other checkpoints of the type are refused."""
-    settles: MappingProxyType[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    settles: Mapping[str, object] = field(default_factory=dict)
     """Config values of a cut model, where the dense one's would change its counts."""
 
-    refused: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    refused: Mapping[str, str] = field(default_factory=dict)
     """Kind of gate, or "KIND uniform" -> why it is not exact, where no other fact says so."""
 
     def mlp_of(self, mixture: bool) -> tuple[Projection, ...]:

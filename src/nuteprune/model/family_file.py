@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import yaml
@@ -42,10 +41,8 @@ class FamilyFile:
         UserError: naming the line and the key of what is wrong.
     """
 
-    def __init__(
-        self, content: Any, path: Path, lines: Mapping[Key, int] = MappingProxyType({})
-    ) -> None:
-        self._path, self._lines = path, lines
+    def __init__(self, content: Any, path: Path, lines: Mapping[Key, int] | None = None) -> None:
+        self._path, self._lines = path, lines or {}
         if not isinstance(content, dict):
             raise UserError(f"{path} must be a mapping of an entry's keys to values")
         hints = get_type_hints(Family)
@@ -78,13 +75,13 @@ class FamilyFile:
             if value not in hint.__args__:
                 raise self.wrong(key, f"{value!r} is not one of {', '.join(hint.__args__)}")
             return value
-        if "mappingproxy" in words.lower():
+        if "Mapping" in words:
             if not isinstance(value, dict):
                 raise self.wrong(key, f"{value!r} must be a mapping")
             for name, item in value.items():
                 if "object" not in words and not isinstance(item, str):
                     raise self.wrong((*key, str(name)), f"{item!r} must be text")
-            return MappingProxyType(value)
+            return value
         if value is None and "None" in words:
             return None
         if "Experts" in words:

@@ -6,7 +6,7 @@ queries, T tokens of keys or of a sequence, D features of a head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -16,24 +16,40 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Forward = Callable[..., Any]
+Value = tuple[dict[str, Any], str, Any]
+"""A dictionary, a key of it, and another value for that."""
 _UNGROUPED = nn.Module()  # what is packed has as many query heads as KV heads
 
 
-def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
-    """Replace a module's forward, but not its hooks; return a function that restores it.
+def put(held: dict[str, Any], key: str, value: Any) -> Callable[[], None]:
+    """Put a value into a dictionary; return a function that restores what was there.
 
-    Several may be put in one module; restore them in the opposite order.
+    Several may be put in one place; restore them in the opposite order.
     """
-    before = vars(module).get("forward")
-    module.forward = forward
+    before = {key: held[key]} if key in held else {}
+    held[key] = value
 
     def give_back() -> None:
-        if before is None:
-            del module.forward
+        if before:
+            held.update(before)
         else:
-            module.forward = before
+            del held[key]
 
     return give_back
+
+
+def put_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
+    """Replace a module's forward, but not its hooks; return as `put`."""
+    return put(vars(module), "forward", forward)
+
+
+@contextmanager
+def replaced(values: Iterable[Value]) -> Iterator[None]:
+    """Within this context, dictionaries have other values."""
+    with ExitStack() as stack:
+        for value in values:
+            stack.callback(put(*value))
+        yield
 
 
 @contextmanager
@@ -49,13 +65,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def in_place_of(modules: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
-    """Within this context, modules compute something else."""
-    with ExitStack() as stack:
-        for module, forward in zip(modules, forwards, strict=True):
-            stack.callback(put_forward(module, forward))
-        yield
+def in_place_of(
+    modules: Sequence[nn.Module], forwards: Sequence[Forward]
+) -> AbstractContextManager[None]:
+    """Return a context in which modules compute something else."""
+    return replaced((vars(x), "forward", f) for x, f in zip(modules, forwards, strict=True))
 
 
 def giving(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import put_forward
-from nuteprune.model.routing import RoutedMasks, WeighedMasks
+from nuteprune.model.routing import Mask, RoutedMasks, WeighedMasks
 
 Selection = tuple[Tensor | None, Tensor | None]
 """Indices of the rows and of the columns of a projection that are computed, None for all."""
@@ -63,7 +63,9 @@ def scale(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _scaled(output: Any, mask: Tensor | None) -> Any:
-    """Scale what a block gives: features, or a tuple that begins with them."""
+    """Scale what a module reads or gives: features, or a tuple that begins with them."""
+    if mask is None:
+        return output
     if isinstance(output, tuple):
         return (scale(output[0], mask), *output[1:])
     return scale(output, mask)
@@ -80,55 +82,41 @@ class MaskHooks:
     def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
         self._masks = masks
         self._stack = ExitStack()
-        self._stack.enter_context(anatomy.layers[0].register_forward_pre_hook(self._on_embedding))
+        self._scale_input(anatomy.layers[0], self._hidden)
         for layer in range(len(anatomy.layers)):
             for block, module in anatomy.writers(layer):
-                self._write(module, layer, block, anatomy.post_norm(layer, block))
+                self._scale_output(module, self._hidden)
+                added = anatomy.post_norm(layer, block) or module
+                self._scale_output(added, self._part(block, layer))
             for block, projection in anatomy.ends(layer).items():
                 if (module := anatomy.projection(layer, projection)) is not None:
-                    self._gate(module, layer, block)
+                    self._scale_input(module, self._inputs(block, layer))
             if (mixture := anatomy.mixture(layer)) is not None:
                 self._route(mixture, layer)
             for projection in anatomy.family.projections:
                 self._narrow(anatomy.projection(layer, projection), layer, projection)
 
-    def _on_embedding(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.masks is None or self.masks.hidden is None:
-            return None
-        return (scale(args[0], self.masks.hidden), *args[1:])
+    def _hidden(self) -> Tensor | None:
+        return None if self.masks is None else self.masks.hidden
 
-    def _gate(self, module: nn.Module, layer: int, block: str) -> None:
-        """Multiply what a block's last projection reads by the masks of its units."""
+    def _part(self, kind: str, layer: int) -> Mask:
+        return lambda: None if self.masks is None else self.masks.part(kind, layer)
 
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if self.masks is None:
-                return None
-            return (scale(args[0], self.masks.inputs(layer)[block]), *args[1:])
+    def _inputs(self, block: str, layer: int) -> Mask:
+        return lambda: None if self.masks is None else self.masks.inputs(layer)[block]
 
-        self._stack.enter_context(module.register_forward_pre_hook(before))
+    def _scale_input(self, module: nn.Module, mask: Mask) -> None:
+        hook = module.register_forward_pre_hook(lambda _, args: _scaled(args, mask()))
+        self._stack.enter_context(hook)
 
-    def _write(
-        self, module: nn.Module, layer: int, block: str, post_norm: nn.Module | None
-    ) -> None:
-        """Multiply what a module writes by the hidden mask, and what is added by the block's."""
-
-        def hide(_: nn.Module, __: Any, output: Any) -> Any:
-            return None if self.masks is None else _scaled(output, self.masks.hidden)
-
-        def switch(_: nn.Module, __: Any, output: Any) -> Any:
-            return None if self.masks is None else _scaled(output, self.masks.part(block, layer))
-
-        self._stack.enter_context(module.register_forward_hook(hide))
-        self._stack.enter_context((post_norm or module).register_forward_hook(switch))
+    def _scale_output(self, module: nn.Module, mask: Mask) -> None:
+        hook = module.register_forward_hook(lambda _, __, output: _scaled(output, mask()))
+        self._stack.enter_context(hook)
 
     def _route(self, mixture: Mixture, layer: int) -> None:
         """Let masks decide which experts may be chosen, and weigh their outputs."""
-
-        def part(kind: str) -> Callable[[], Tensor | None]:
-            return lambda: None if self.masks is None else self.masks.part(kind, layer)
-
         kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
-        masks = kind(mixture, part("experts"), part("expert_neurons"))
+        masks = kind(mixture, self._part("experts", layer), self._part("expert_neurons", layer))
         self._stack.callback(put_forward(mixture.router, masks.route))
         self._stack.callback(put_forward(mixture.experts, masks.compute))
 
@@ -218,6 +206,8 @@ class _FrozenNarrow(torch.autograd.Function):
 
 class Narrow:
     """A linear module's forward, with the rows and columns selected at the time of a call.
+
+    No function, so that a deep copy of the model computes with its own weights.
 
     Args:
         module: whose forward it stands in for; its weight and state stay as they are.

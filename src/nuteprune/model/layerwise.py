@@ -9,7 +9,7 @@ its outputs, P columns of a panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, cast
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy, no_logits, without_lora
 from nuteprune.model.family import Projection
-from nuteprune.model.forwards import giving, in_place_of
+from nuteprune.model.forwards import giving, in_place_of, noting_calls
 from nuteprune.model.hooks import MaskHooks, MaskSource
-from nuteprune.model.packed import weight_of
-from nuteprune.model.sharding import gathered, is_sharded
+from nuteprune.model.weights import gathered, is_sharded, weight_of
 from nuteprune.processes import ALONE, Team
 from nuteprune.simulated import once
 
@@ -232,13 +231,10 @@ class Layerwise:
     @torch.no_grad()
     def reads(self, layer: int, norms: Mapping[str, nn.Module]) -> dict[str, Read]:
         """Run the text through a layer, and return the inputs of its norms."""
-        found: dict[str, list[Tensor]] = {name: [] for name in norms}
         with ExitStack() as stack:
-            for name, module in norms.items():
-                hook = _hook(found[name].append)
-                stack.enter_context(module.register_forward_pre_hook(hook))
+            found = {k: stack.enter_context(noting_calls(norm)) for k, norm in norms.items()}
             self.advance(layer)
-        return dict(found)
+        return {name: [args[0] for args in calls] for name, calls in found.items()}
 
     @torch.no_grad()
     def advance(
@@ -259,8 +255,8 @@ class Layerwise:
             stack.enter_context(gathered(self._anatomy.layers[layer]))
             for name, module in (watched or {}).items():
                 products[name] = self._products(layer, ends[name])
-                hook = _hook(products[name].add)
-                stack.enter_context(module.register_forward_pre_hook(hook, prepend=True))
+                add = partial(_add_input, products[name])
+                stack.enter_context(module.register_forward_pre_hook(add, prepend=True))
             stack.enter_context(self._hooks.using(self._masks))
             for i in range(len(self._batches_BTD)):
                 self._batches_BTD[i] = self._run(layer, i)
@@ -347,6 +343,5 @@ class _Block:
         return (written, *self._output[1:]) if isinstance(self._output, tuple) else written
 
 
-def _hook(take: Callable[[Tensor], None]) -> Any:
-    """Return a hook that passes a module's input on."""
-    return lambda _, args: take(args[0])
+def _add_input(products: Covariance, _: nn.Module, args: tuple[Any, ...]) -> None:
+    products.add(args[0])

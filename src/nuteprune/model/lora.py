@@ -5,7 +5,7 @@ Shape suffixes: O rows and I columns of a weight, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,8 @@ from nuteprune.memory import mapped
 from nuteprune.model.adapters import ADAPTER, Place, places_of, sides_of
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
-from nuteprune.model.offload import Away, home_of, like
-from nuteprune.model.packed import weight_of
-from nuteprune.model.sharding import gathered, is_sharded, put_rows
+from nuteprune.model.forwards import Value, replaced
+from nuteprune.model.weights import Away, gathered, home_of, is_sharded, like, put_rows, weight_of
 from nuteprune.processes import is_main
 
 
@@ -145,13 +144,6 @@ class LoraBank:
             self.clear()
             self.install(lora)
 
-    @contextmanager
-    def using_weights(self, weights: Weights) -> Iterator[None]:
-        """Compute with weights that a refit returned for a while."""
-        with self.kept():
-            self.install(weights)
-            yield
-
     @torch.no_grad()
     def set_weight(self, layer: int, projection: Projection, weight_OI: Tensor) -> None:
         """Put a weight in place of the base's, and let LoRA add nothing to it yet.
@@ -225,7 +217,7 @@ class LoraBank:
         places, state = self._layers[layer], lora or {}
         if lora is None:
             adapters = [x.lora for x in places if x.lora is not None]
-            values: list[_Value] = [(vars(x), "_disable_adapters", True) for x in adapters]
+            values: list[Value] = [(vars(x), "_disable_adapters", True) for x in adapters]
         else:
             values = [(x._parameters, "weight", lora[key]) for x, key in _sides(places)]
         others = {
@@ -237,29 +229,12 @@ class LoraBank:
             for place, weight in others.items():
                 whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
                 values.append((place.holder._parameters, place.key, whole))
-            with _in_place(values):
+            with replaced(values):
                 yield
 
     def as_dense(self, layer: int) -> AbstractContextManager[None]:
         """Run a decoder layer as it is in the base model for a while."""
         return self.using(layer, None)
-
-
-_Value = tuple[dict[str, Any], str, Any]
-"""A dictionary, a key of it, and another value for that."""
-
-
-@contextmanager
-def _in_place(values: Sequence[_Value]) -> Iterator[None]:
-    """Within this context, dictionaries have other values."""
-    own = [held[key] for held, key, _ in values]
-    for held, key, value in values:
-        held[key] = value
-    try:
-        yield
-    finally:
-        for (held, key, _), value in zip(values, own, strict=True):
-            held[key] = value
 
 
 def delta_of(module: LoraLayer) -> Tensor:

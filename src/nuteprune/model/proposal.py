@@ -1,30 +1,40 @@
 """A family's entry, proposed by looking at small models: their sizes, and what flows where.
 
-Which axis a projection has is read off its size, as one dimension of the config changes after the
-other. Which norm serves what is read off one forward pass: a tensor that one module puts out and
-another reads. Nothing is taken from names, except where two readings fit equally well.
+Which axis a projection has is read off its size. Which norm serves what is read off one forward
+pass: a tensor that one module puts out and another reads. Nothing is taken from names, except where
+two readings fit equally well.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import takewhile
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from nuteprune.errors import UserError
-from nuteprune.model.axes import Axes, base_config
 from nuteprune.model.family import CONFIG_NAMES, Family, Projection
-from nuteprune.model.small import Passed, names_of, small_config, small_model, watch
+from nuteprune.model.small import (
+    SIZES,
+    Passed,
+    base_config,
+    names_of,
+    small_config,
+    small_model,
+    watch,
+)
 
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 """What configs call the MLP's activation function."""
 Norm = Literal["rms", "rms_1p", "layer", "layer_1p"]
+Blocks = dict[str, tuple[Projection, ...]]
+"""`attention` and `mlp` -> their projections, in the order in which they are called."""
 
 
 def propose(config: PreTrainedConfig) -> list[Family]:
@@ -39,10 +49,10 @@ def propose(config: PreTrainedConfig) -> list[Family]:
     small, fills_width = base_config(config)
     model = small_model(small)
     passed = watch(model)
-    axes = Axes(config, model, passed)
-    blocks = axes.blocks()
-    found = _norms(passed, blocks, axes.head_dim)
-    norm = _norm_kind(model.get_submodule(passed.final_norm), axes.hidden)
+    blocks, head_dim = _find_blocks(model, passed)
+    hidden = passed.embedded.shape[-1]
+    found = _norms(passed, blocks, head_dim)
+    norm = _norm_kind(model.get_submodule(passed.final_norm), hidden)
     names = names_of(small.to_dict())
     not_read = {"epsilon"} if norm.startswith("layer") else set()
     words = [x for x in CONFIG_NAMES if x in names and x not in not_read]
@@ -58,9 +68,9 @@ def propose(config: PreTrainedConfig) -> list[Family]:
         attention_module=_common(blocks["attention"]),
         mlp_modules=_modules(blocks["mlp"]),
         heads_fill_width=fills_width,
-        head_dim_from_hidden=axes.head_dim_from_hidden and not fills_width,
+        head_dim_from_hidden=head_dim * SIZES["heads"] == hidden and not fills_width,
         heads_divide_hidden=_heads_divide(config, small),
-        config_names=MappingProxyType({word: names[word] for word in words}),
+        config_names={word: names[word] for word in words},
         activation=next((x for x in ACTIVATIONS if hasattr(small, x)), ACTIVATIONS[0]),
         **found,
         **_scales(small, passed),
@@ -70,6 +80,94 @@ def propose(config: PreTrainedConfig) -> list[Family]:
         return [entry]
     # The other reading of queries, keys and values in one module: head by head.
     return [entry, replace(entry, attention=(replace(first, rows=("qkv",)), *others))]
+
+
+def _find_blocks(model: PreTrainedModel, passed: Passed) -> tuple[Blocks, int]:
+    """Find the axes of a layer's projections by their sizes, no two of which are alike.
+
+    Args:
+        model: a small model, from `base_config`.
+        passed: what a forward pass of it showed.
+
+    Returns:
+        The blocks, and the features of a head.
+
+    Raises:
+        UserError: if layers differ or have other blocks, or a projection is none that an entry can
+            state.
+    """
+    config, sizes = model.config, _linears(model, passed)
+    names = names_of(config.to_dict())
+    if "heads" not in names:
+        raise UserError(f"{config.model_type} states no number of attention heads")
+    hidden, neurons = passed.embedded.shape[-1], SIZES["neurons"]
+    mlp = [x for x in passed.called if sizes[x][1] == neurons or sizes[x][0] % neurons == 0]
+    attention = [x for x in passed.called if x not in mlp]
+    unused = sizes.keys() - set(passed.called)
+    if unused or min(len(attention), len(mlp)) < 2:
+        raise UserError(
+            f"{config.model_type} has no layers of one attention and one MLP block whose "
+            "projections are linear modules"
+        )
+    *makes_heads, writes = attention
+    rows, queries = sizes[writes]
+    head_dim, rest = divmod(queries, getattr(config, names["heads"]))
+    if rows != hidden or rest:
+        raise UserError(f"{writes} does not write heads to the residual stream")
+    keys = head_dim * getattr(config, names["kv_heads"]) if "kv_heads" in names else None
+    made = [
+        Projection(x, _heads_of(x, sizes[x], hidden, queries, keys), "hidden") for x in makes_heads
+    ]
+    blocks = {
+        "attention": (*made, Projection(writes, ("hidden",), "q")),
+        "mlp": tuple(_of_mlp(x, sizes[x], hidden) for x in mlp),
+    }
+    return blocks, head_dim
+
+
+def _of_mlp(path: str, size: tuple[int, int], hidden: int) -> Projection:
+    neurons = SIZES["neurons"]
+    if size == (hidden, neurons):
+        return Projection(path, ("hidden",), "neurons")
+    if size[1] == hidden:
+        return Projection(path, ("neurons",) * (size[0] // neurons), "hidden")
+    raise UserError(f"{path} of {size} is neither read nor written by one MLP width")
+
+
+def _heads_of(
+    path: str, size: tuple[int, int], hidden: int, queries: int, keys: int | None
+) -> tuple[str, ...]:
+    """Return what makes up a projection's rows, where all heads have so many queries and keys."""
+    rows, columns = size
+    if keys is None:
+        is_query = re.search(r"q(uery)?(_|$)", path.rpartition(".")[2])
+        known = {queries: ("q",) if is_query else ("kv",), 3 * queries: ("q", "kv", "kv")}
+    else:
+        known = {keys: ("kv",), queries: ("q",), queries + 2 * keys: ("q", "kv", "kv")}
+    if columns != hidden or rows not in known:
+        raise UserError(
+            f"{path} of {rows} x {columns} is not made of whole heads that read the residual stream"
+        )
+    return known[rows]
+
+
+def _linears(model: PreTrainedModel, passed: Passed) -> dict[str, tuple[int, int]]:
+    """Return path -> (rows, columns) of a layer's linear modules, checked to be alike in all."""
+    found = []
+    for layer in model.get_submodule(passed.layers).children():
+        modules = dict(layer.named_modules())
+        if conv := [path for path, x in modules.items() if isinstance(x, Conv1D)]:
+            raise UserError(
+                f"{model.config.model_type} keeps its weights transposed (Conv1D, in {conv[0]}), "
+                "which no entry states"
+            )
+        linears = {path: x for path, x in modules.items() if isinstance(x, nn.Linear)}
+        found.append({path: (x.out_features, x.in_features) for path, x in linears.items()})
+    if any(x.keys() != found[0].keys() for x in found):
+        raise UserError(
+            f"{model.config.model_type} has layers of several kinds, which no entry states"
+        )
+    return found[0]
 
 
 def _common(projections: tuple[Projection, ...]) -> str:
@@ -89,9 +187,7 @@ def _modules(projections: tuple[Projection, ...]) -> tuple[str, ...]:
     return tuple(x.path for x in projections)
 
 
-def _norms(
-    passed: Passed, blocks: dict[str, tuple[Projection, ...]], head_dim: int
-) -> dict[str, Any]:
+def _norms(passed: Passed, blocks: Blocks, head_dim: int) -> dict[str, Any]:
     """Return which norms serve which block, and those of queries and keys."""
     serves: dict[str, list[str]] = {"attention": [], "mlp": [], "both": []}
     post: dict[str, str] = {}

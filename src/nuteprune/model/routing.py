@@ -10,8 +10,8 @@ neurons of each, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from nuteprune.model.anatomy import Mixture, without_lora
+from nuteprune.model.forwards import Value, replaced
 from nuteprune.model.lora import delta_of
 from nuteprune.simulated import usual
 
@@ -131,12 +132,9 @@ class WeighedMasks(RoutedMasks):
         """Return what experts put out (E, S, D) with masks in their down projections."""
         down = self._mixture.down.path.rpartition(".")[2]
         own = self._mixture.experts._parameters
-        whole = own[down]
-        own[down] = whole * neurons_EF.unsqueeze(-1).to(whole)
-        try:
+        masked = own[down] * neurons_EF.unsqueeze(-1).to(own[down])
+        with replaced([(own, down, masked)]):
             return cast(Tensor, self._compute(given.flatten(0, 1))).view_as(given)
-        finally:
-            own[down] = whole
 
 
 Neurons = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -152,11 +150,8 @@ def computed_with(
     own = experts._apply_gate
     # transformers sorts (token, expert) pairs by expert, and asks for all at once.
     expert_P, pair_P = torch.sort(index_SK.reshape(-1))
-    experts._apply_gate = lambda rows: neurons(own(rows), expert_P, pair_P)
-    try:
+    with replaced([(vars(experts), "_apply_gate", lambda x: neurons(own(x), expert_P, pair_P))]):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_SD, index_SK, weight_SK)  # type: ignore[no-any-return]
-    finally:
-        del experts._apply_gate
 
 
 def _sequence_of_tokens(mask: Tensor, index_SK: Tensor) -> Tensor:
@@ -166,24 +161,16 @@ def _sequence_of_tokens(mask: Tensor, index_SK: Tensor) -> Tensor:
     return torch.arange(rows, device=index_SK.device).repeat_interleave(each).unsqueeze(-1)
 
 
-@contextmanager
-def rows_of(router: nn.Module, kept: Tensor) -> Iterator[None]:
-    """Within this context, a router has the rows of some experts alone, and LoRA's in its own."""
+def rows_of(router: nn.Module, kept: Tensor) -> AbstractContextManager[None]:
+    """Return a context where a router has rows of some experts alone, and LoRA's in its own."""
     plain, added = without_lora(router), {}
     if isinstance(router, LoraLayer) and not router.disable_adapters:
         added["weight"] = delta_of(router)
-    whole: int = plain.num_experts
-    held = [(own, dict(own)) for own in (plain._parameters, plain._buffers)]
-    for own, before in held:
-        for name, tensor in before.items():
-            if tensor is not None and len(tensor) == whole:
+    values: list[Value] = [(vars(plain), "num_experts", len(kept))]
+    for own in (plain._parameters, plain._buffers):
+        for name, tensor in own.items():
+            if tensor is not None and len(tensor) == plain.num_experts:
                 if name in added:
                     tensor = tensor + added[name].to(tensor)
-                own[name] = tensor.index_select(0, kept)
-    plain.num_experts = len(kept)
-    try:
-        yield
-    finally:
-        plain.num_experts = whole
-        for own, before in held:
-            own.update(before)
+                values.append((own, name, tensor.index_select(0, kept)))
+    return replaced(values)

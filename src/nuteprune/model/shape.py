@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Self
 
 from nuteprune.errors import UserError
@@ -135,10 +134,10 @@ COUNTS = (*DENSE_COUNTS, "experts", "expert_neurons")
 MLP_COUNTS = COUNTS[2:]
 BLOCKS = ("attention", "mlp")
 """Keys that a layer's row has as false where that block was removed."""
-SAID = MappingProxyType(
-    {name: name for name in COUNTS}
-    | {"kv_heads": "KV heads", "expert_neurons": "neurons of each expert"}
-)
+SAID = {x: x for x in COUNTS} | {
+    "kv_heads": "KV heads",
+    "expert_neurons": "neurons of each expert",
+}
 """A layer's counts, as people are told them."""
 
 
@@ -232,7 +231,7 @@ def kinds_of_cut(whole: Shape, kept: Shape) -> tuple[str, ...]:
     return tuple(kind for kind, wanted in found.items() if wanted)
 
 
-PER_HEAD = MappingProxyType({"q": 1, "qgate": 2, "qkv": 3})
+PER_HEAD = {"q": 1, "qgate": 2, "qkv": 3}
 """Axis of query heads -> how many times head_dim each has there."""
 
 

@@ -135,6 +135,27 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
+def base_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
+    """Return a small config that runs, and whether heads must make up its width.
+
+    Raises:
+        UserError: if none is found.
+    """
+    problems = []
+    filling = SIZES["hidden"] // SIZES["heads"]
+    for head_dim in (SIZES["head_dim"], None, filling):
+        try:
+            small = small_config(config, head_dim=head_dim)
+            with torch.no_grad():
+                small_model(small)(torch.arange(3, 10)[None], use_cache=False)
+            return small, head_dim == filling
+        except UserError as error:
+            problems.append(str(error))
+        except Exception as error:  # whatever a forward pass of sizes that do not fit raises
+            problems.append(f"a small {config.model_type} does not compute: {in_one_line(error)}")
+    raise UserError(problems[0])
+
+
 def config_named(model_type: str) -> PreTrainedConfig:
     """Return the default config of a model type.
 

@@ -33,8 +33,7 @@ from nuteprune.model.family import BLOCK_KINDS, Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.layerwise import Layerwise, Read
 from nuteprune.model.lora import effective_weight
-from nuteprune.model.packed import weight_of
-from nuteprune.model.sharding import gathered, is_sharded
+from nuteprune.model.weights import gathered, is_sharded, weight_of
 from nuteprune.processes import ALONE, Team
 from nuteprune.shrink.ridge import RIDGE, ridge_fit, with_ridge
 from nuteprune.simulated import alike

@@ -12,7 +12,7 @@ from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.model.packed import is_packed
+from nuteprune.model.weights import is_packed
 from nuteprune.processes import ALONE, Team, everyone
 from nuteprune.simulated import has_data
 

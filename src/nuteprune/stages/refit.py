@@ -12,7 +12,7 @@ from nuteprune.console import Progress, counted, silent
 from nuteprune.gates.masks import Masks
 from nuteprune.model.family import Projection
 from nuteprune.model.lora import Weights
-from nuteprune.model.packed import weight_of
+from nuteprune.model.weights import weight_of
 from nuteprune.shrink.least_squares import Fit, InstallStack, fit_projections, low_rank
 from nuteprune.stages.prunable import Prunable
 

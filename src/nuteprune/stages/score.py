@@ -75,7 +75,8 @@ def score(
         assert refit_blocks is not None
         masks = choose(model, found, sparsity)
         weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress)
-        with model.bank.using_weights(weights):
+        with model.bank.kept():
+            model.bank.install(weights)
             again = _score_once(model, blocks, count, method, seed, after, progress)
         kept = masks.to("cpu").values
         found = {k: torch.where(kept[k] > 0, again[k], found[k]) for k in found}

@@ -21,8 +21,7 @@ from nuteprune.data.writing import BatchSizes, fitting, next_batch, seconds_per_
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.offload import home_of
-from nuteprune.model.sharding import is_sharded
+from nuteprune.model.weights import home_of, is_sharded
 from nuteprune.processes import is_main, main_ones, several_started
 from nuteprune.run_folder import SELF_WRITTEN
 

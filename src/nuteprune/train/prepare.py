@@ -21,9 +21,7 @@ from nuteprune.export.record import origin_of, read_record
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.model.offload import offload
-from nuteprune.model.packed import forget_packed, is_packed, make_trainable, weight_of
-from nuteprune.model.sharding import shard_base
+from nuteprune.model.weights import is_packed, offload, shard_base, weight_of
 from nuteprune.run_folder import RECORD
 from nuteprune.simulated import has_data
 from nuteprune.stages.prunable import Prunable
@@ -126,7 +124,9 @@ class Prepared(Prunable):
         for name, module in self.model.get_base_model().named_modules():
             if "lora_" not in name:
                 module._parameters = dict.fromkeys(module._parameters)
-                forget_packed(module)
+                state = cast(Any, getattr(module, "state", None))
+                if hasattr(state, "CB"):  # 8 bits have copies beside the parameters
+                    state.CB = state.SCB = None
 
 
 def offload_if_asked(anatomy: Anatomy, args: NutePruneConfig, origin: Origin) -> None:
@@ -177,6 +177,35 @@ def gain(linear: nn.Linear) -> float:
     return float(size) / math.sqrt(weight.numel() / linear.in_features)
 
 
+def _make_trainable(model: PreTrainedModel) -> None:
+    """Let gradients pass through packed weights; other weights stay as they are.
+
+    Raises:
+        UserError: if they were packed by another quantizer, or cannot be unpacked here.
+    """
+    if not is_packed(model):
+        return
+    # The quantizer whose weights can be computed with, differentiated through and unpacked.
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        raise UserError(
+            "the model's weights are quantised, and not by bitsandbytes, with which alone it can "
+            "be pruned in 8 or 4 bits; load it in bfloat16, or with BitsAndBytesConfig"
+        )
+    for name, module in model.named_modules():
+        packed, weight = cast(Any, module), cast(Any, getattr(module, "weight", None))
+        state = getattr(weight, "quant_state", None)
+        if state is None:  # whole, or in 8 bits
+            continue
+        # On CPUs, bitsandbytes 0.50 takes the scales of rows that no block ends with wrongly ...
+        if weight.device.type == "cpu" and packed.in_features % state.blocksize:
+            raise UserError(
+                f"{name} has {packed.in_features} inputs, and in 4 bits a CPU unpacks rightly only "
+                f"multiples of {state.blocksize}; use 8 bits, or another device"
+            )
+        # ... and packs anew, into a form without gradients, what runs without them once.
+        packed.support_avx512bf16_for_cpu = False
+
+
 def prepare(
     model: PreTrainedModel,
     args: NutePruneConfig,
@@ -198,7 +227,7 @@ def prepare(
     check_given(model, given or {})
     check_placement(args, is_packed(model))
     check_checkpointing(model, args)
-    make_trainable(model)
+    _make_trainable(model)
     dense = Anatomy(model)
     origin = Origin.of(dense, stored_dtype)
     allocator = make_allocator(dense, args)

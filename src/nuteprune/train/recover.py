@@ -20,7 +20,8 @@ from transformers.trainer_utils import set_seed
 from nuteprune.data.examples import pad
 from nuteprune.distill.losses import Head, language_model_loss
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.model.anatomy import Anatomy, no_logits, reading_head
+from nuteprune.model.anatomy import Anatomy, no_logits
+from nuteprune.model.forwards import noting_outputs
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.shrink.finalize import merge_lora
 from nuteprune.train.checkpoints import AtomicTrainer
@@ -83,7 +84,8 @@ class RecoverTrainer(AtomicTrainer):
     ) -> Any:
         """Return the language-model loss; see `transformers.Trainer.compute_loss`."""
         inputs = {**inputs, "use_cache": False, "logits_to_keep": no_logits(inputs["input_ids"])}
-        with lora_in_base_dtype(self.anatomy), reading_head(self.anatomy) as self._read:
+        head = noting_outputs([self.anatomy.final_norm])
+        with lora_in_base_dtype(self.anatomy), head as self._read:
             return super().compute_loss(model, inputs, *args, **more)
 
     def _loss(self, _: Any, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:

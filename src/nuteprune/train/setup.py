@@ -23,8 +23,8 @@ from nuteprune.gates.options import Constraints
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
-from nuteprune.model.packed import is_packed
 from nuteprune.model.shape import Shape, kinds_of_cut
+from nuteprune.model.weights import is_packed
 from nuteprune.train.config import NutePruneConfig, RecoverConfig
 
 DEFAULT_KINDS = ("kv_groups", "neurons")

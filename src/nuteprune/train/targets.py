@@ -19,8 +19,8 @@ from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Seconds, Uncounted, seconds_of
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.packed import count
 from nuteprune.model.shape import Shape
+from nuteprune.model.weights import count
 from nuteprune.train.asked import DECODE, Asked
 from nuteprune.train.config import NutePruneConfig
 

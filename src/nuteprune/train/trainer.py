@@ -23,7 +23,7 @@ from nuteprune.errors import UserError
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
-from nuteprune.model.offload import bring_home
+from nuteprune.model.weights import bring_home
 from nuteprune.products import Products
 from nuteprune.run_folder import SETTINGS
 from nuteprune.stages.save import save

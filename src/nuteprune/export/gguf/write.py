@@ -30,7 +30,7 @@ from nuteprune.export.gguf.tensors import all_tensors
 from nuteprune.export.gguf.tokenizer import KEY, check_vocabulary, name_that_strips, read_vocabulary
 from nuteprune.files import atomic, check_room, writing
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.packed import refuse_packed
+from nuteprune.model.weights import refuse_packed
 
 Q = GGMLQuantizationType
 

@@ -1,24 +1,150 @@
-"""Weights that stay in main memory, or on disk, and come to the device as they are read.
+"""How base weights are held: in 8 or 4 bits, in main memory or on disk, or shared out (FSDP2).
+
+Packed weights (bitsandbytes) are counted, read and refused.
 
 An offloaded weight says that it is on the device, but has no data there. An operation that reads it
 gets a copy of them, and so does the backward pass: what autograd keeps is the weight itself. So
 nothing that reads weights need know of it. Copies of the layer that was read last are kept, and
 both roles of a co-forward pass read the same ones.
+
+Sharded layers are gathered once per pass, serve both roles, and are let go. Trained weights stay
+whole on each process.
+
+Shape suffixes: O rows of a weight, or experts of a stack; I the rest of it.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from nuteprune.errors import UserError
 from nuteprune.memory import mapped
-from nuteprune.model.anatomy import Anatomy
+from nuteprune.processes import is_main
+
+if TYPE_CHECKING:
+    from nuteprune.model.anatomy import Anatomy
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Return whether a model's weights are in fewer bits than they are computed in."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def refuse_packed(model: PreTrainedModel) -> None:
+    """Refuse weights in fewer bits where whole ones are to be written.
+
+    Raises:
+        UserError: if a model has packed weights.
+    """
+    if is_packed(model):
+        raise UserError(
+            "the model's weights are quantised, and only whole ones can be exported: pass the "
+            "checkpoint that it was made of"
+        )
+
+
+def weight_of(linear: nn.Linear) -> Tensor:
+    """Return a projection's weight (O, I), unpacked where it is in 8 or 4 bits or sharded.
+
+    All processes must call it for a sharded weight.
+    """
+    weight: Any = linear.weight
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    if not weight.is_floating_point():
+        weight = dequantize_bnb_weight(weight, getattr(linear, "state", None))
+    return cast(Tensor, weight.detach())
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Return how many weights a parameter holds: two per byte where they have 4 bits."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else int(packed.shape.numel())
+
+
+# -- shared out over processes
+
+
+def shard_base(anatomy: Anatomy, device: torch.device) -> None:
+    """Shard a model's frozen parameters over all processes of a run, in place, layer by layer.
+
+    Call it once hooks and LoRA are there, before `CoForward.roles`. Parameters that require
+    gradients (LoRA, gates) are left alone: their gradients are this process's own until
+    DDP around the model averages them.
+
+    Args:
+        anatomy: the model, wrapped by PEFT.
+        device: of this process; all have one of its type.
+
+    Raises:
+        UserError: if this version of torch cannot.
+    """
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise UserError(f"sharding needs a newer version of torch than {torch.__version__}")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in (*anatomy.layers, anatomy.model):
+        trained = {p for p in module.parameters() if p.requires_grad}
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+    for parameter in trained:  # FSDP2 places those alone that it shards
+        parameter.data = parameter.data.to(device.type)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module's weights are sharded, and gathered when it is called."""
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather a sharded module's weights inside the context, in all processes alike.
+
+    For code that reads or runs parts of a module without calling it. Modules that are not sharded
+    stay as they are, and so do those that are gathered already.
+    """
+    shards = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    if not isinstance(module, FSDPModule) or not shards:
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+@torch.no_grad()
+def put_rows(weight_OI: DTensor, whole_OI: Tensor) -> None:
+    """Overwrite a sharded weight; all processes take part, and each receives its rows alone.
+
+    Args:
+        weight_OI: the weight, changed in place.
+        whole_OI: its new values; those of the main process alone are read.
+    """
+    device, dtype = weight_OI.device, weight_OI.dtype
+    if is_main():
+        sent_OI = whole_OI.to(device, dtype)
+    else:
+        sent_OI = torch.empty(weight_OI.shape, dtype=dtype, device=device)
+    rows_OI = distribute_tensor(sent_OI, weight_OI.device_mesh, weight_OI.placements)
+    weight_OI.to_local().copy_(rows_OI.to_local())
+
+
+# -- in main memory or on disk
 
 
 class Desk:
