@@ -6,8 +6,7 @@ from pathlib import Path
 
 from nuteprune.judge.drawing import COLOURS
 from nuteprune.judge.plots import sparsity_plot
-from nuteprune.progressive.schedule import Schedule
-from nuteprune.progressive.teachers import Plan
+from nuteprune.progressive.teachers import Plan, Schedule
 
 HERE = Path(__file__).parent
 FONT = "font-family='system-ui, sans-serif' font-size='13'"

@@ -22,7 +22,7 @@ from nuteprune.shrink.least_squares import (
     low_rank,
 )
 from nuteprune.shrink.ridge import RIDGE, ridge_fit, ridge_of
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.choose import Prunable
 from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator

@@ -30,7 +30,7 @@ from nuteprune.processes import agree
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.score import stops_before, with_gradients
-from nuteprune.train.run_settings import read_settings
+from nuteprune.train.settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
 GRADIENTS, BY_LAYER, REFIT, JUDGE = 1.1, 0.75, 0.85, 0.8

@@ -24,7 +24,7 @@ from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.run_settings import check_same
+from nuteprune.train.settings import check_same
 from nuteprune.train.targets import check_reached
 
 

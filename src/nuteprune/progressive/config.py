@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from transformers.training_args import OptimizerNames
 
-from nuteprune.distill.objective import RELATIVE, Objective
+from nuteprune.distill.coforward import RELATIVE, Objective
 from nuteprune.errors import UserError
-from nuteprune.gates.method_names import METHOD
-from nuteprune.progressive.gates import Gates, RankedGates
+from nuteprune.gates import METHOD
+from nuteprune.progressive.gates import RankedGates
 from nuteprune.progressive.hard_concrete import HardConcreteGates
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.train.config import NutePruneConfig
 
-GATE_TYPES: Mapping[str, type[Gates]] = {
+GATE_TYPES: Mapping[str, type[RankedGates | HardConcreteGates]] = {
     "ranked": RankedGates,
     "hard_concrete": HardConcreteGates,
 }
@@ -48,7 +48,7 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
         UserError: for settings that do not go together.
     """
 
-    PIPELINE: ClassVar[str] = "nuteprune.progressive.pipeline"
+    PIPELINE: ClassVar[str] = "nuteprune.progressive.trainer"
     STAGED: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

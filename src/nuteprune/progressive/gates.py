@@ -1,6 +1,6 @@
 """Gates in training: from learned state to the masks of a step, and to the final ones.
 
-All kinds share one interface. `RankedGates` hold hard, exportable masks at the scheduled sparsity
+`RankedGates` hold hard, exportable masks at the scheduled sparsity
 at every step and keep re-estimating each unit's score from the gradients of its mask. The paper's,
 whose masks are soft and trained themselves, are in `hard_concrete.py`.
 
@@ -27,7 +27,7 @@ DECAY = 0.99
 
 
 class Gates(nn.Module):
-    """The interface of gates to the trainer.
+    """What all kinds of gates have in common; `RankedGates` has the methods of each kind.
 
     Args:
         allocator: turns scores into exportable shapes and masks.
@@ -62,14 +62,6 @@ class Gates(nn.Module):
         """Return the optimizer's groups for trained gates."""
         return []
 
-    def begin_step(self, sparsity: float, seed: int) -> None:
-        """Prepare the masks of one optimizer step; the same on all ranks and micro-batches."""
-        raise NotImplementedError
-
-    def masks(self, batch_size: int) -> Masks:
-        """Return the step's masks for a micro-batch, with gradients unless frozen."""
-        raise NotImplementedError
-
     def observe(self) -> None:
         """Add the gradients of gates from a micro-batch's backward pass."""
 
@@ -83,18 +75,6 @@ class Gates(nn.Module):
     def figures(self) -> dict[str, float]:
         """Return further figures for the logs."""
         return {}
-
-    def sparsity(self) -> float:
-        """Return the expected sparsity of the step's masks."""
-        raise NotImplementedError
-
-    def snapshot(self) -> Masks:
-        """Return the step's masks without noise: what a teacher remembers."""
-        raise NotImplementedError
-
-    def freeze(self, asked: float | Goal) -> Masks:
-        """Fix the masks, in an exportable shape at a sparsity or another goal."""
-        raise NotImplementedError
 
     def restore_masks(self, masks: Masks) -> None:
         """Take over masks that were frozen before a run was interrupted."""

@@ -11,8 +11,7 @@ from torch import Tensor
 from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.gates.masks import Masks
 from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.progressive.schedule import Schedule
-from nuteprune.progressive.teachers import snapshots
+from nuteprune.progressive.teachers import Schedule, snapshots
 from nuteprune.progressive.trainer import ProgressiveTrainer
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.trainer import NutePruneTrainer

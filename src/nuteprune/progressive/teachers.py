@@ -1,4 +1,4 @@
-"""The numerous teachers: snapshots of masks and LoRA at growing sparsity, kept on disk.
+"""The sparsity schedule, and its numerous teachers: snapshots of masks and LoRA, kept on disk.
 
 While sparsity grows, the student learns from a teacher that is a few snapshots less pruned. Once
 the target is reached, it walks back through the teachers to the dense model, in equal shares of the
@@ -20,7 +20,6 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.products import read_tensors, write_tensors
-from nuteprune.progressive.schedule import Schedule
 
 LORA = "lora"
 """The tensor of a snapshot that holds all LoRA weights; the others are masks, by kind."""
@@ -34,6 +33,57 @@ def spacing_of(target: float) -> float:
 def snapshots(target: float, ramp_steps: int) -> float:
     """Return about how many snapshots a ramp leaves, at most one a step."""
     return min(target / spacing_of(target), ramp_steps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sparsity over the steps of a run: a ramp to the target, then rest.
+
+    Args:
+        target: sparsity to reach.
+        steps: optimizer steps of the whole run.
+        ramp_share: share of the steps by which the target is reached.
+        freeze_share: share of the steps by which masks are fixed, if later than the ramp; where
+            both shares are 0 they are fixed before the first step.
+    """
+
+    target: float
+    steps: int
+    ramp_share: float = 0.5
+    freeze_share: float = 0.0
+
+    @property
+    def ramp_steps(self) -> int:
+        """The number of steps until the schedule asks for the target."""
+        return max(1, min(self.steps, round(self.steps * self.ramp_share)))
+
+    @property
+    def freeze_step(self) -> int:
+        """Step before which masks are fixed, counted from 0."""
+        ramp = self.ramp_steps if self.ramp_share else 0
+        return max(ramp, round(self.steps * self.freeze_share))
+
+    @property
+    def ramps(self) -> bool:
+        """Whether the target is reached over several steps."""
+        return self.ramp_steps > 1
+
+    def sparsity(self, step: int) -> float:
+        """Return the scheduled sparsity at a step, counted from 0."""
+        return self.target * min(1.0, (step + 1) / self.ramp_steps)
+
+    def rests(self, step: int) -> bool:
+        """Return whether the ramp is over at a step."""
+        return step + 1 >= self.ramp_steps
+
+    def rested(self, step: int) -> float:
+        """Return the share of the way back through the teachers that will be over after a step.
+
+        The way back takes all of the rest, as published, or as long as the ramp where that is less:
+        a teacher serves as many steps as the ramp took to pass it. After that it is 1 or more.
+        """
+        left = max(1, min(self.steps - self.ramp_steps, self.ramp_steps))
+        return (step - self.ramp_steps + 1) / left
 
 
 @dataclass(frozen=True)

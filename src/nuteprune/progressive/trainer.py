@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from nuteprune.data.calibration import calibration_blocks
 from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
-from nuteprune.processes import agree
+from nuteprune.processes import agree, is_main
 from nuteprune.progressive.config import GATE_TYPES, ProgressiveConfig
-from nuteprune.progressive.schedule import Schedule
-from nuteprune.progressive.teachers import Plan, Teachers
+from nuteprune.progressive.teachers import Plan, Schedule, Teachers
+from nuteprune.run import Record, Run
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
 from nuteprune.train.prepare import Prepared, prepare
@@ -259,3 +260,23 @@ class ProgressiveTrainer(NutePruneTrainer):
     def teachers_met(self) -> list[float]:
         """Return the sparsities of the teachers used so far."""
         return self.teachers.sparsities
+
+
+TRAINER = ProgressiveTrainer
+
+
+def pipeline(run: Run) -> dict[Path, Record]:
+    """Make a smaller checkpoint for each of a run's goals; see `nuteprune.pipeline`.
+
+    Gates start from scores or all alike. `ProgressiveTrainer` chooses and refits on the way.
+    """
+    run.write()
+    dense = run.judge_dense()
+    records = {}
+    for goal in run.each_goal():
+        trainer = run.teach(goal)
+        if is_main():
+            sliced = run.slice(trainer, goal)
+            judged = run.judge(sliced, dense)
+            folder, records[folder] = run.save(trainer, judged)
+    return records

@@ -1,1 +1,1 @@
-"""The recipe, a module for each stage: write, score, choose, refit, slice, judge, save."""
+"""The recipe, a module for each stage: write, score, choose, refit, slice, judge."""

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.console import Progress, counted, silent
+from nuteprune.gates import METHOD
 from nuteprune.gates.importance import METHODS
-from nuteprune.gates.method_names import METHOD
 from nuteprune.gates.scores import Probe, Scores, check_finite
-from nuteprune.stages.choose import choose
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.choose import Prunable, choose
 from nuteprune.stages.refit import refit
 
 PLAIN_BATCH = 4

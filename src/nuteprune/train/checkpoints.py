@@ -37,7 +37,7 @@ from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN, SETTINGS
 from nuteprune.train.config import RunArguments
 from nuteprune.train.publish import PushesCheckpoint
-from nuteprune.train.run_settings import check_same, run_settings
+from nuteprune.train.settings import check_same, run_settings
 from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
 
 PARTIAL = ".partial"

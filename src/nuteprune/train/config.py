@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
 
-from nuteprune.distill.objective import RELATIVE, TEXT, Objective
+from nuteprune.distill.coforward import RELATIVE, TEXT, Objective
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.train.checks import check_combinations, check_trainer_settings

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from nuteprune.distill.coforward import DENSE, Role
+from nuteprune.distill.coforward import DENSE, Role, text_loss
 from nuteprune.distill.losses import Head, amplified, batch_counts
-from nuteprune.distill.objective import text_loss
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Masks
 from nuteprune.simulated import has_data

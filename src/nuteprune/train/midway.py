@@ -17,8 +17,7 @@ from nuteprune.model.lora import LoraBank
 from nuteprune.products import read_tensors
 from nuteprune.run_folder import SETTINGS, STATE
 from nuteprune.train.config import NutePruneConfig, RecoverConfig, prune_config
-from nuteprune.train.run_settings import read_settings
-from nuteprune.train.settings import WHAT, declared
+from nuteprune.train.settings import WHAT, declared, read_settings
 from nuteprune.train.setup import make_allocator, with_lora
 from nuteprune.train.state import RunState
 

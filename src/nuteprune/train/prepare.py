@@ -26,7 +26,7 @@ from nuteprune.model.packed import forget_packed, is_packed, make_trainable, wei
 from nuteprune.model.sharding import shard_base
 from nuteprune.run_folder import RECORD
 from nuteprune.simulated import has_data
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages.choose import Prunable
 from nuteprune.train.checks import check_checkpointing, check_given, check_placement
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora
@@ -215,8 +215,6 @@ def prepare(
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
     bank = LoraBank(anatomy, Path(cast(str, args.output_dir)))
-    objective = args.losses
-    distance, normed = objective.layer_distance, objective.as_published
     if args.sharded:
         shard_base(anatomy, args.device)
     leave_out(peft_model)
@@ -229,7 +227,7 @@ def prepare(
         is_sharded=args.sharded,
         origin=origin,
         model=peft_model,
-        coforward=CoForward(anatomy, hooks, bank, distance, normed),
+        coforward=CoForward(anatomy, hooks, bank, args.losses),
         prices=prices,
         goals=goals,
     )

@@ -20,19 +20,21 @@ from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import collated
 from nuteprune.data.calibration import check_text
 from nuteprune.errors import UserError
+from nuteprune.export.checkpoint import as_stored
+from nuteprune.export.record import write_pruned
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
 from nuteprune.model.offload import bring_home
+from nuteprune.model.shape import Shape
 from nuteprune.products import Products
 from nuteprune.run_folder import SETTINGS
-from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
 from nuteprune.train.distiller import Distiller
 from nuteprune.train.prepare import Prepared, prepare
-from nuteprune.train.run_settings import chosen_settings
+from nuteprune.train.settings import chosen_settings
 from nuteprune.train.targets import Target
 
 
@@ -253,7 +255,7 @@ class NutePruneTrainer(Distiller):
             folder: absent, empty, or with nothing but `run/` in it.
             **record: further keys of the record, such as `perplexity`; `base_model` where it
                 is not the folder or hub id that the model was loaded from; `around` where the
-                source checkpoint has other parts, see `stages.save`.
+                source checkpoint has other parts, see `export.record.write_pruned`.
 
         Returns:
             The record as it was written; parameter counts are those of the written files. The main
@@ -266,30 +268,33 @@ class NutePruneTrainer(Distiller):
             return {}
         if self.sliced is None:
             raise UserError("there is nothing to save yet: call finalize() first")
-        tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        written = save(
-            self.sliced, Path(folder), tokenizer, **{**self._about(self.sliced), **record}
+        written = write_pruned(
+            Path(folder),
+            as_stored(self.sliced.model, self.ready.origin.stored_dtype),
+            cast(PreTrainedTokenizerBase | None, self.processing_class),
+            **{**self._about(self.sliced.shape), **record},
         )
         self.saved = Path(folder)
         return written
 
-    def _about(self, sliced: Sliced) -> dict[str, Any]:
-        """Return the run's arguments for `stages.save`."""
-        ready, origin, shape = self.ready, self.ready.origin, sliced.shape
+    def _about(self, shape: Shape) -> dict[str, Any]:
+        """Return what a run knows of its checkpoint, as `write_pruned` takes it."""
+        ready, origin = self.ready, self.ready.origin
         budget = ready.allocator.budget
         if active := ready.prices.of_a_token(shape):
             active["active_before"] += origin.tokens
         return {
             **origin.entries,
-            "budget": budget,
-            "parameters": {"before": origin.parameters, **active},
-            "stored_dtype": origin.stored_dtype,
+            "params": {"blocks_before": budget.before, "before": origin.parameters, **active},
+            "before": budget.shape,
+            "after": shape,
             "config": chosen_settings(self.args),
             "shapes": self.args.shapes,
             "teachers": {"count": len(self.teachers_met()), "sparsities": self.teachers_met()},
             "bad_steps": self.bad_steps.total,
             "seed": self.args.seed,
             **self.goal.record(budget.sparsity(shape), ready.prices.cache(shape)),
+            "perplexity": {"before": {}, "after": {}},
         }
 
     def teachers_met(self) -> list[float]:
