@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from nuteprune.jobs.prune import prune
     from nuteprune.jobs.recover import recover
     from nuteprune.jobs.vocab import vocab
-    from nuteprune.stages.choose import choose
+    from nuteprune.stages.cut import choose, refit, score
     from nuteprune.stages.judge import judge
-    from nuteprune.stages.refit import refit
-    from nuteprune.stages.score import score
     from nuteprune.stages.slice import slice_model
     from nuteprune.stages.write import write
     from nuteprune.train.config import NutePruneConfig
@@ -24,7 +22,8 @@ if TYPE_CHECKING:
     from nuteprune.train.trainer import NutePruneTrainer
 
 _HOMES = {
-    **{x: f"stages.{x}" for x in ("choose", "judge", "refit", "score", "write")},
+    **{x: f"stages.{x}" for x in ("judge", "write")},
+    **dict.fromkeys(("choose", "refit", "score"), "stages.cut"),
     **{x: f"jobs.{x}" for x in ("prune", "recover", "vocab")},
     "NutePruneConfig": "train.config",
     "NutePruneTrainer": "train.trainer",

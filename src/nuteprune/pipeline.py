@@ -1,4 +1,4 @@
-"""The main job on one screen: eight stages in order, most of them a module of `stages`.
+"""The main job on one screen: eight stages in order, most of them in `stages`.
 
     write    the dense model writes its share of the text
     score    what each unit costs

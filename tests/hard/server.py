@@ -41,9 +41,9 @@ from typing import Any
 MODULES = ("nuteprune.cli.app", "nuteprune.cli.commands")
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.trainer", "datasets", "pyarrow")
 PHASES = {
-    "nuteprune.stages.score:score": "scoring",
-    "nuteprune.stages.choose:choose": "choosing",
-    "nuteprune.stages.refit:refit": "refitting",
+    "nuteprune.stages.cut:score": "scoring",
+    "nuteprune.stages.cut:choose": "choosing",
+    "nuteprune.stages.cut:refit": "refitting",
     "nuteprune.products:Products._write": "keeping a product",
     "nuteprune.train.distiller:Distiller.training_step": "stepping",
     "nuteprune.progressive.trainer:ProgressiveTrainer.end_step": "ending a step",

@@ -42,7 +42,7 @@ from nuteprune.plan.need import (
 from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.stages.score import with_gradients
+from nuteprune.stages.cut import with_gradients
 from nuteprune.train.config import NutePruneConfig
 from tests.unplanned import leave_unplanned
 from tests.wrapped import CONFIGS

@@ -18,8 +18,7 @@ from nuteprune.model.lora import LoraBank
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.shrink.least_squares import fit_projections
 from nuteprune.shrink.ridge import RIDGE
-from nuteprune.stages.choose import Prunable
-from nuteprune.stages.refit import refit
+from nuteprune.stages.cut import Prunable, refit
 from tests.families import MIXTURES
 from tests.train.conftest import make, metrics
 

@@ -22,8 +22,7 @@ from nuteprune.shrink.least_squares import (
     low_rank,
 )
 from nuteprune.shrink.ridge import RIDGE, ridge_fit, ridge_of
-from nuteprune.stages.choose import Prunable
-from nuteprune.stages.refit import refit
+from nuteprune.stages.cut import Prunable, refit
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.refits import install_weight

@@ -15,7 +15,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.products import Products
 from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.stages.choose import Prunable
+from nuteprune.stages.cut import Prunable
 from nuteprune.train.cut import Cut
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator

@@ -23,9 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nuteprune.gates import copying_losses
 from nuteprune.processes import rank
-from nuteprune.stages.choose import choose
-from nuteprune.stages.refit import refit
-from nuteprune.stages.score import score
+from nuteprune.stages.cut import choose, refit, score
 from nuteprune.train.prepare import prepare
 from tests.stages.conftest import settings
 

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.stages.choose import choose
+from nuteprune.stages.cut import choose, refit, score
 from nuteprune.stages.judge import judge
-from nuteprune.stages.refit import refit
-from nuteprune.stages.score import score
 from nuteprune.stages.write import write
 from nuteprune.train.prepare import prepare
 

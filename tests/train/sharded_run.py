@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nuteprune import UserError
-from nuteprune.stages.choose import choose
-from nuteprune.stages.refit import refit
+from nuteprune.stages.cut import choose, refit
 from tests.train.conftest import make
 
 model, out = sys.argv[1], Path(sys.argv[2])

@@ -202,17 +202,19 @@ class CoForward:
             teacher: the teacher, None to run the student alone.
             weight_BT: weight of each token in the layer terms, 0 for padding.
         """
-        passage = Passage()
-        handles = [self._on_final_norm(passage, teacher, weight_BT)]
-        if teacher is not None:
-            theirs = self._source("teacher", teacher.masks)
-            first = self.anatomy.layers[0]
-            handles.append(first.register_forward_pre_hook(_take_entry(passage), prepend=True))
-            for i, layer in enumerate(self.anatomy.layers):
-                handles.append(self._on_layer(passage, layer, i, teacher, theirs, weight_BT))
+        passage, layers = Passage(), self.anatomy.layers
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+            passage._running_BTD = args[0].detach()
+
         with ExitStack() as stack:
-            for handle in handles:
-                stack.enter_context(handle)
+            stack.enter_context(self._on_final_norm(passage, teacher, weight_BT))
+            if teacher is not None:
+                theirs = self._source("teacher", teacher.masks)
+                stack.enter_context(layers[0].register_forward_pre_hook(enter, prepend=True))
+                for i, layer in enumerate(layers):
+                    own = self._on_layer(passage, layer, i, teacher, theirs, weight_BT)
+                    stack.enter_context(own)
             yield passage
 
     def _source(self, role: str, masks: Masks | None) -> MaskSource | None:
@@ -272,13 +274,6 @@ class CoForward:
                     self._add_term(passage, output, passage.teacher_BTD, weight_BT)
 
         return self.anatomy.final_norm.register_forward_hook(hook)
-
-
-def _take_entry(passage: Passage) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        passage._running_BTD = args[0].detach()
-
-    return hook
 
 
 def _hidden(output: Any) -> Tensor:

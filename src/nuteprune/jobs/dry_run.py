@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from nuteprune.console import Output, duration, megabytes, millions
-from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
 from nuteprune.jobs.prune_run import seconds_writing, share_to_write
@@ -17,7 +16,7 @@ from nuteprune.plan.need import Unplanned, on_cpu
 from nuteprune.plan.phases import FORMULA, Phase, Plan
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.run import Run
-from nuteprune.stages.score import stops_before
+from nuteprune.stages.cut import stops_before
 
 BYTES_OF_ADAM = 8
 """Per trained parameter: two moments in fp32, which a single step does not make."""
@@ -148,8 +147,8 @@ def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict
 
 def _reckoned(run: Run, writing: float, step: float | None) -> float:
     """Return about how long a run takes that cannot be planned."""
-    cut, args = run.cut(), run.args
-    rounds = METHODS[args.method].reads > 0 and cut.tries_cuts
+    args = run.args
+    rounds = args.tried and run.model.can_try_cuts
     stops = len(stops_before(run.goals[-1].sparsity)) * rounds
     # A scored or refitted block costs most of a step's share of one.
     refits = stops + len(run.goals)

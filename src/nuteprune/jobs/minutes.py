@@ -29,7 +29,7 @@ from nuteprune.plan.trial import seconds_per_step
 from nuteprune.processes import agree
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
-from nuteprune.stages.score import stops_before, with_gradients
+from nuteprune.stages.cut import stops_before, with_gradients
 from nuteprune.train.settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -246,7 +246,7 @@ def _times(
     scored += BY_LAYER * method.by_layer * args.scored_blocks
     scored += CUT * method.cuts * rates.attention * goals[-1].sparsity
     refit = REFIT * args.refit_blocks
-    again = method.reads > 0 and args.tried and trial.model.can_try_cuts
+    again = args.tried and trial.model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
     share = share_to_write(job)

@@ -18,7 +18,6 @@ from nuteprune.data.mixture import GUARD, tokens_to_write
 from nuteprune.data.openings import TEXT_TOKENS
 from nuteprune.data.writing import plain_together
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
@@ -34,7 +33,7 @@ from nuteprune.plan.need import (
 )
 from nuteprune.plan.sizes import Sizes
 from nuteprune.plan.walk import Walk, model_of
-from nuteprune.stages.score import stops_before, with_gradients
+from nuteprune.stages.cut import stops_before, with_gradients
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
@@ -198,13 +197,9 @@ class Plan:
         return self.sizes.refitted if self.args.refit and self.stored is None else 0
 
     @property
-    def _tries_cuts(self) -> bool:
-        return self.args.tried and not self.packed and set(self._kinds) <= set(INPUTS)
-
-    @property
     def stops(self) -> int:
         """How many times the remaining units are scored again."""
-        again = METHODS[self.args.method].reads > 0 and self._tries_cuts
+        again = self.args.tried and not self.packed and set(self._kinds) <= set(INPUTS)
         return len(stops_before(self.targets[-1])) if again else 0
 
     @property

@@ -24,8 +24,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.plan.live import Live, without_data
 from nuteprune.plan.need import Need
 from nuteprune.plan.trial import trial_step
-from nuteprune.stages.refit import refit
-from nuteprune.stages.score import score
+from nuteprune.stages.cut import refit, score
 from nuteprune.stages.slice import slice_model
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.distiller import BadSteps

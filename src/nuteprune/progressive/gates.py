@@ -15,12 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Masks
-from nuteprune.processes import several
+from nuteprune.processes import everyone
 
 DECAY = 0.99
 """Weight of the past in the moving average of scores, per step."""
@@ -140,9 +139,7 @@ class RankedGates(Gates):
     def end_step(self) -> None:
         """Move the scores towards those of the step, on the scores' own scale."""
         if self._seen and not self.frozen:
-            if several():
-                for kind in self.kinds:
-                    dist.all_reduce(self._seen[kind])
+            everyone().add_up(self._seen[kind] for kind in self.kinds)
             seen = sum(float(v.sum()) for v in self._seen.values())
             have = sum(float(v.sum()) for v in self.scores.values())
             if 0 < seen < math.inf:  # squares overflow where gradients do not yet
@@ -152,20 +149,14 @@ class RankedGates(Gates):
 
     def sparsity(self) -> float:
         """Return the exact sparsity of the step's masks."""
-        return self._sparsity
+        return self.allocator.sparsity(self._final) if self._final is not None else self._sparsity
 
     def snapshot(self) -> Masks:
         """Return the step's hard masks."""
-        return self._hard
+        return self._final or self._hard
 
     def freeze(self, asked: float | Goal) -> Masks:
         """Fix the masks by the current scores."""
         self._choose(asked)
         self._final = self._hard
         return self._hard
-
-    def restore_masks(self, masks: Masks) -> None:
-        """Take over frozen masks."""
-        super().restore_masks(masks)
-        assert self._final is not None
-        self._hard, self._sparsity = self._final, self.allocator.sparsity(masks)

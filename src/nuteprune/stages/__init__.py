@@ -1,1 +1,1 @@
-"""The recipe, a module for each stage: write, score, choose, refit, slice, judge."""
+"""The recipe: write the text, cut by it, slice, judge."""

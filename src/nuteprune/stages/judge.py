@@ -60,8 +60,7 @@ def judge(
     found = perplexities(model, held_out, batch_size=JUDGED)
     if not all(map(math.isfinite, found.values())):
         raise RunFailed(
-            f"the perplexity of {name} is not finite ({found}); use --dtype float32, or a "
-            "lower learning rate"
+            f"the perplexity of {name} is not finite ({found}); use --dtype float32 or a lower rate"
         )
     copied = copies(model, tokenizer)
     about = {"percent": copied.percent, "protocol": copied.protocol} if copied else None

@@ -13,9 +13,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Scores
 from nuteprune.model.lora import Weights
 from nuteprune.products import Products, digest
-from nuteprune.stages.choose import choose
-from nuteprune.stages.refit import refit
-from nuteprune.stages.score import score
+from nuteprune.stages.cut import choose, refit, score
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.targets import Target
@@ -40,10 +38,9 @@ class Cut:
         text: Any,
         products: Products,
         progress: Progress,
-        folder_of: Callable[[Target], Path | None] | None = None,
+        folder_of: Callable[[Target], Path | None] = lambda _: None,
     ) -> None:
-        self.model, self.args, self.products = model, args, products
-        self._folder_of = folder_of or (lambda _: products.folder)
+        self.model, self.args, self.products, self._folder_of = model, args, products, folder_of
         self._blocks_NT = calibration_blocks(text, args.calibrated_blocks)
         products.depends("text", calibration=digest({"blocks": self._blocks_NT}))
         self._refit_NT = self._blocks_NT[: args.refit_blocks]
@@ -52,16 +49,11 @@ class Cut:
             "progress": progress,
         }
 
-    @property
-    def tries_cuts(self) -> bool:
-        """Whether a cut is tried before it is made, in rounds of scoring."""
-        return self.args.tried and self.model.can_try_cuts
-
     def score(self) -> Scores:
         """Return the score of each unit."""
         args, model = self.args, self.model
         blocks_NT = self._blocks_NT[: args.scored_blocks]
-        rounds = METHODS[args.method].reads > 0 and self.tries_cuts
+        rounds = args.tried and model.can_try_cuts
         target = model.goals[-1].sparsity
 
         return self.products.keep(

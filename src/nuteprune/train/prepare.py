@@ -26,7 +26,7 @@ from nuteprune.model.packed import forget_packed, is_packed, make_trainable, wei
 from nuteprune.model.sharding import shard_base
 from nuteprune.run_folder import RECORD
 from nuteprune.simulated import has_data
-from nuteprune.stages.choose import Prunable
+from nuteprune.stages.cut import Prunable
 from nuteprune.train.checks import check_checkpointing, check_given, check_placement
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora

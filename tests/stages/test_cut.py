@@ -13,8 +13,7 @@ from nuteprune.export.checkpoint import assemble
 from nuteprune.gates import surgeon_costs
 from nuteprune.gates.importance import METHODS
 from nuteprune.shrink.least_squares import fit_projections
-from nuteprune.stages.choose import choose
-from nuteprune.stages.score import score, stops_before, with_gradients
+from nuteprune.stages.cut import choose, score, stops_before, with_gradients
 from nuteprune.train.prepare import prepare
 from tests.refits import install_weight
 
