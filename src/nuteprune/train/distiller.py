@@ -41,7 +41,7 @@ class BadSteps:
 
     def read(self) -> list[int]:
         """Return bad steps so far, and those since the last good one."""
-        counts: list[int] = self._counts_2.tolist()
+        counts: list[int] = self._counts_2.cpu().tolist()
         return counts
 
     def restore(self, counts: list[int]) -> None:
