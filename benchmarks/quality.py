@@ -40,8 +40,8 @@ from nuteprune.console import Output
 from nuteprune.data.demo import TEXTS
 from nuteprune.data.specs import DEMO
 from nuteprune.files import file_sum
+from nuteprune.gates import METHOD
 from nuteprune.gates.importance import METHODS
-from nuteprune.gates.method_names import METHOD
 from nuteprune.jobs.settings import read_assignments, read_given
 from nuteprune.jobs.sources import pick_device
 from nuteprune.train.config import NutePruneConfig

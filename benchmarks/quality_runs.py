@@ -26,8 +26,8 @@ from nuteprune import NutePruneConfig, RunFailed, UserError
 from nuteprune.cli.app import quiet_libraries
 from nuteprune.console import silent
 from nuteprune.data.blocks import BlockDataset
+from nuteprune.gates import METHOD
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.method_names import METHOD
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy

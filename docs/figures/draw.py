@@ -6,8 +6,7 @@ from pathlib import Path
 
 from nuteprune.judge.drawing import COLOURS
 from nuteprune.judge.plots import sparsity_plot
-from nuteprune.progressive.schedule import Schedule
-from nuteprune.progressive.teachers import Plan
+from nuteprune.progressive.teachers import Schedule
 
 HERE = Path(__file__).parent
 FONT = "font-family='system-ui, sans-serif' font-size='13'"
@@ -95,18 +94,17 @@ def roles() -> str:
 
 
 def teachers(target: float = 0.2, steps: int = 80) -> str:
-    """Return sparsity of student and teacher over a run, by the schedule and plan of the code."""
+    """Return sparsity of student and teacher over a run, by the schedule of the code."""
     schedule = Schedule(target, steps)
-    plan = Plan.for_target(target, schedule.ramp_steps)
     snapshots: list[float] = []
     lines = []
     for step in range(steps):
         sparsity = schedule.sparsity(step)
-        teacher = plan.teacher(schedule, step, len(snapshots))
+        teacher = schedule.teacher(step, len(snapshots))
         lines.append(
             {"step": step + 1, "sparsity": sparsity, "target": sparsity, "teacher": teacher}
         )
-        if not schedule.rests(step) and plan.due(sparsity, snapshots[-1] if snapshots else 0.0):
+        if not schedule.rests(step) and schedule.due(sparsity, snapshots[-1] if snapshots else 0.0):
             snapshots.append(sparsity)
     svg = sparsity_plot(lines, snapshots).svg
     colours = "".join(f"--{name}:{value};" for name, value in COLOURS.items())

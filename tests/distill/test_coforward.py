@@ -13,8 +13,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nuteprune.distill.coforward import DENSE, CoForward, Role
-from nuteprune.distill.losses import Head, layer_relative, token_kl
+from nuteprune.distill.coforward import DENSE, TEXT, CoForward, Role
+from nuteprune.distill.losses import Head, token_kl
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy, no_logits
@@ -112,7 +112,7 @@ class Student:
 def student(tiny_model, name: str, snapshot: bool, fixed: bool = False) -> Student:
     model = adapted(tiny_model(name))
     anatomy = Anatomy(model)
-    coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy), layer_relative)
+    coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy))
     teacher = DENSE
     if snapshot:
         random = torch.Generator().manual_seed(5)
@@ -239,7 +239,7 @@ def test_where_queries_and_values_alone_have_lora_fixed_masks_change_no_gradient
         made = add_lora(Anatomy(model), queries_and_values=True, r=2)
         fill(made, seed=1)
         anatomy = Anatomy(made)
-        coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy), layer_relative)
+        coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy))
         x = Student(made, coforward, fixed_masks(anatomy, 17), DENSE)
         if not narrow:
             learned = {k: v.clone().requires_grad_() for k, v in x.masks.values.items()}
@@ -369,7 +369,7 @@ def test_without_a_layer_term_both_roles_still_reach_the_head(tiny_model) -> Non
     x = student(tiny_model, "llama", snapshot=True)
     with x.student(), x.coforward.roles(x.teacher, PADDING.float()) as passage:
         x.model(**CALL)
-    plain = CoForward(x.coforward.anatomy, x.coforward.hooks, x.coforward.bank)
+    plain = CoForward(x.coforward.anatomy, x.coforward.hooks, x.coforward.bank, TEXT)
     with plain.student(x.masks), plain.roles(x.teacher, PADDING.float()) as other:
         x.model(**CALL)
     assert other.layer_loss is None

@@ -83,7 +83,7 @@ def test_gradients_are_those_of_two_passes_with_checkpointing_or_without(
             loss = two_passes(model, masks, role, tiny_model(model_type))
             loss.backward()
         else:
-            coforward = CoForward(a := Anatomy(model), MaskHooks(a), LoraBank(a), layer_relative)
+            coforward = CoForward(a := Anatomy(model), MaskHooks(a), LoraBank(a))
             with coforward.student(masks):
                 with coforward.roles(role, PADDING.float()) as passage:
                     model(**CALL)

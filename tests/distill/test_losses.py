@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.distill import losses
+from nuteprune.distill.coforward import Objective
 from nuteprune.distill.losses import (
     Head,
     amplified,
@@ -15,7 +16,6 @@ from nuteprune.distill.losses import (
     layer_relative,
     token_kl,
 )
-from nuteprune.distill.objective import Objective
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 

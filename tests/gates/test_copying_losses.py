@@ -18,7 +18,7 @@ from nuteprune.model.hooks import MaskHooks
 
 def all_losses(probe: Probe, kind: str, dense: copying_losses.DenseRun) -> Tensor:
     units_N = torch.ones(probe.layout.units(kind), dtype=torch.bool)
-    return copying_losses.copying_losses(probe, kind, dense, units_N, probe.progress)
+    return copying_losses.copying_losses(probe, kind, dense, units_N)
 
 
 def a_probe(model, kinds: tuple[str, ...], told: list[int] | None = None, **more) -> Probe:
@@ -83,7 +83,7 @@ def test_a_run_without_a_unit_begins_at_its_layer(tiny_model) -> None:
     with torch.no_grad():  # and the model is as it was
         length = dense.ids_ST.shape[1] // 2
         logits_STV = model(dense.ids_ST, use_cache=False).logits[:, length - 1 : -1]
-    given_STV = torch.stack([x.logits_TV for x in dense.repeats])
+    given_STV = dense.logits_STV
     torch.testing.assert_close(logits_STV, given_STV)
 
 
@@ -114,7 +114,7 @@ def test_only_units_near_the_cut_are_measured(tiny_model, monkeypatch: pytest.Mo
     monkeypatch.setattr(copying_losses, "COPIES", 0.0)
     losses_N, seen = torch.tensor([0.1, 9.0, 0.1, 0.1, 0.1, 9.0]), []
 
-    def measure(probe, kind, dense, units_N, tick) -> Tensor:
+    def measure(probe, kind, dense, units_N) -> Tensor:
         seen.append(units_N.tolist())
         return losses_N * units_N
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from nuteprune.distill.coforward import CoForward, Role
-from nuteprune.distill.losses import Head, layer_relative, token_kl
+from nuteprune.distill.losses import Head, token_kl
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
@@ -33,7 +33,7 @@ lora = [p for p in model.parameters() if p.requires_grad]
 for p in lora:
     p.data.normal_(generator=random).mul_(0.2)
 anatomy = Anatomy(model)
-coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy), layer_relative)
+coforward = CoForward(anatomy, MaskHooks(anatomy), LoraBank(anatomy))
 of_masks = torch.Generator().manual_seed(5)  # all blocks keep something
 layout = Layout(anatomy.shape, anatomy.head_dim)
 

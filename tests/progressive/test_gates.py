@@ -114,7 +114,9 @@ def test_scores_follow_the_sequences_of_all_ranks(monkeypatch) -> None:
             observe(gates, gradients)
     alone.end_step()
     sent = [other[kind].square().sum(0) for kind in KINDS]
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    answers = {"is_initialized": True, "get_rank": 0, "get_world_size": 2, "get_backend": "gloo"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda answer=answer: answer)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda seen: seen.add_(sent.pop(0)))
     rank.end_step()
     torch.testing.assert_close(rank.scores, alone.scores)

@@ -46,3 +46,18 @@ def test_noiseless_value_by_hand() -> None:
     value = hard_concrete.test_value(torch.tensor([0.0, math.log(2), -math.log(2)]))
     up = 2**1.2 / (1 + 2**1.2)
     torch.testing.assert_close(value, torch.tensor([0.5, up, 1 - up]))
+
+
+def test_penalty_and_its_slopes_by_hand() -> None:
+    lagrangian = hard_concrete.Lagrangian()
+    with torch.no_grad():
+        lagrangian.lambda1.fill_(-2.0)
+        lagrangian.lambda2.fill_(10.0)
+    sparsity = torch.tensor(0.2, requires_grad=True)
+    penalty = lagrangian(sparsity, 0.3)
+    penalty.backward()
+    assert penalty.item() == pytest.approx(-2 * -0.1 + 10 * 0.01)
+    assert sparsity.grad == pytest.approx(-2 + 2 * 10 * -0.1)
+    # Ascent on these makes a model that is too dense pay more and more for it.
+    assert lagrangian.lambda1.grad == pytest.approx(-0.1)
+    assert lagrangian.lambda2.grad == pytest.approx(0.01)

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nuteprune.distill.coforward import DENSE
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model.shape import LayerShape, Shape
-from nuteprune.progressive.schedule import Schedule
-from nuteprune.progressive.teachers import Plan, Teachers
+from nuteprune.progressive.teachers import Schedule, Teachers
 
 LAYOUT = Layout(Shape(16, (LayerShape(4, 2, 6), LayerShape(4, 2, 6))), 4)
 
@@ -127,7 +128,7 @@ def test_a_snapshot_cut_off_while_written_is_not_there(tmp_path: Path, monkeypat
 def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
     target: float, spacing: float, lag: int
 ) -> None:
-    plan = Plan.for_target(target, 1000)
+    plan = Schedule(target, 1000, 1.0)
     assert (plan.spacing, plan.lag) == (pytest.approx(spacing), lag)
     assert plan.lag * plan.spacing <= target / 2 + 1e-9  # so that even small targets get teachers
 
@@ -158,7 +159,7 @@ def test_a_run_climbs_behind_its_teachers_and_walks_back_to_the_intact_model(
 def test_the_lag_is_at_most_half_of_the_snapshots_that_a_ramp_leaves(
     target: float, ramp_steps: int, lag: int
 ) -> None:
-    plan = Plan.for_target(target, ramp_steps)
+    plan = Schedule(target, ramp_steps, 1.0)
     assert plan.lag == lag
     taken: list[float] = []
     for step in range(ramp_steps):
@@ -167,7 +168,7 @@ def test_the_lag_is_at_most_half_of_the_snapshots_that_a_ramp_leaves(
             taken.append(sparsity)
     assert len(taken) >= 2 * lag or ramp_steps == 1
     served = {plan.returning(len(taken), i / 100) for i in range(100)}
-    assert served == set(range(-1, len(taken) - lag))
+    assert served == set(range(-1, max(0, len(taken) - lag)))
 
 
 @pytest.mark.parametrize(
@@ -175,22 +176,60 @@ def test_the_lag_is_at_most_half_of_the_snapshots_that_a_ramp_leaves(
     [(True, [-1, -1, -1, 1, 1, 0, -1, -1, -1, -1]), (False, [-1] * 10)],
 )
 def test_each_step_has_its_teacher(has_snapshots: bool, taught_by: list[int]) -> None:
-    schedule = Schedule(0.4, 10, 0.4)
-    plan = Plan.for_target(0.4, schedule.ramp_steps, has_snapshots)
+    plan = Schedule(0.4, 10, 0.4, snapshots_teach=has_snapshots)
     counts = [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]  # a snapshot at the end of each step of the ramp
-    assert [plan.teacher(schedule, i, count) for i, count in enumerate(counts)] == taught_by
+    assert [plan.teacher(i, count) for i, count in enumerate(counts)] == taught_by
     assert plan.due(0.1, 0.0) == has_snapshots
 
 
 def test_a_run_too_short_for_teachers_learns_from_the_intact_model() -> None:
-    plan = Plan.for_target(0.2, 40)
+    plan = Schedule(0.2, 40, 1.0)
     for count in (0, 1):
         assert plan.growing(count) == -1
         assert {plan.returning(count, progress) for progress in (0.0, 0.5, 0.999)} == {-1}
 
 
 def test_a_run_with_fewer_snapshots_than_planned_walks_back_from_the_middle_one() -> None:
-    plan = Plan.for_target(0.2, 40)
+    plan = Schedule(0.2, 40, 1.0)
     assert plan.lag == 10
     assert plan.growing(7) == -1
     assert [plan.returning(7, i / 5) for i in range(5)] == [3, 2, 1, 0, -1]
+
+
+@given(
+    target=st.floats(0.01, 0.9),
+    steps=st.integers(1, 200),
+    ramp_share=st.floats(0, 1),
+)
+def test_any_number_of_steps_climbs_to_the_target_and_stays(
+    target: float, steps: int, ramp_share: float
+) -> None:
+    schedule = Schedule(target, steps, ramp_share)
+    asked = [schedule.sparsity(i) for i in range(steps)]
+    assert asked == sorted(asked)
+    assert asked[0] > 0
+    assert asked[-1] == pytest.approx(target)
+    reached = [value == pytest.approx(target, abs=1e-12) for value in asked]
+    assert reached == [schedule.rests(i) for i in range(steps)]
+    assert reached.index(True) + 1 == pytest.approx(max(1, steps * ramp_share), abs=0.5001)
+
+
+def test_linear_by_hand() -> None:
+    linear = Schedule(0.4, 8, 0.5)
+    assert [linear.sparsity(i) for i in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_without_a_ramp_masks_are_fixed_before_the_first_step_or_where_asked_for() -> None:
+    at_once, later = Schedule(0.2, 10, 0.0), Schedule(0.2, 10, 0.0, freeze_share=0.4)
+    for schedule, freeze_step in ((at_once, 0), (later, 4)):
+        assert [schedule.sparsity(i) for i in range(10)] == pytest.approx([0.2] * 10)
+        assert (schedule.freeze_step, schedule.has_snapshots) == (freeze_step, False)
+    assert Schedule(0.2, 10, 0.01).freeze_step == 1
+    assert Schedule(0.2, 10, 0.4, freeze_share=0.6).freeze_step == 6
+
+
+def test_the_way_back_takes_the_rest_or_as_long_as_the_ramp() -> None:
+    published, short = Schedule(0.2, 10, 0.6), Schedule(0.2, 10, 0.2)
+    assert published.rested(9) == pytest.approx(1)
+    assert published.rested(7) == pytest.approx(1 / 2)
+    assert [short.rested(i) for i in (2, 3, 4)] == pytest.approx([1 / 2, 1, 3 / 2])

@@ -154,7 +154,7 @@ def test_gradients_of_gates_that_are_not_finite_are_dropped(tiny_model, tmp_path
         parameter.grad = torch.ones_like(parameter)
     next(iter(trainer.gates.log_alpha.values())).grad.fill_(float("inf"))
     trainer._clip_grad_norm(trainer.model)
-    assert trainer.bad_steps.in_row == 1
+    assert trainer.bad_steps.read()[1] == 1
     assert all(bool((p.grad == 0).all()) for p in parameters)
 
 

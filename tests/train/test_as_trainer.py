@@ -22,7 +22,7 @@ from nuteprune.products import read_tensors
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.train import checkpoints
 from nuteprune.train.config import RecoverConfig
-from nuteprune.train.run_settings import chosen_settings
+from nuteprune.train.settings import chosen_settings
 
 from .conftest import LENGTH, make, metrics
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nuteprune.errors import UserError
-from nuteprune.train.asked import KINDS, Asked, several, spelled
+from nuteprune.train.asked import KINDS, Asked, all_asked, spelled, value_of
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prune_settings import PruneSettings
 
@@ -35,9 +35,10 @@ from nuteprune.train.prune_settings import PruneSettings
     ],
 )
 def test_values_are_read_as_they_are_written(kind: str, written: Any, value: float) -> None:
-    assert several(kind, written) == (value,)
-    assert several(kind, [written]) == (value,)
-    assert several(kind, spelled(kind, value)) == (value,)
+    at = "@8192" if kind == "memory" else ""
+    for given_ in (f"{written}{at}", [f"{written}{at}"], spelled(kind, value) + at):
+        assert [x.value for x in all_asked(kind, given_)] == [value]
+    assert value_of(kind, written) == value
 
 
 @given(
@@ -45,7 +46,7 @@ def test_values_are_read_as_they_are_written(kind: str, written: Any, value: flo
     value=st.integers(1, 10**15),
 )
 def test_what_is_told_can_be_asked_for(kind: str, value: int) -> None:
-    assert several(kind, spelled(kind, value)) == (value,)
+    assert value_of(kind, spelled(kind, value)) == value
 
 
 def test_values_are_told_in_the_unit_that_suits_them() -> None:
@@ -63,15 +64,15 @@ def test_values_are_told_in_the_unit_that_suits_them() -> None:
 )
 def test_what_is_no_value_is_refused_with_an_example(kind: str, written: Any) -> None:
     with pytest.raises(UserError, match=f"^{kind} is .*such as {KINDS[kind].such}") as error:
-        several(kind, written)
+        value_of(kind, written)
     assert "\n" not in str(error.value)
 
 
 def test_several_fall(tmp_path: Path) -> None:
-    assert several("size", "200MB,100MB") == (200_000_000, 100_000_000)
+    assert [x.value for x in all_asked("size", "200MB,100MB")] == [200_000_000, 100_000_000]
     for given_ in ("100MB,200MB", [1000, "1kB"]):
         with pytest.raises(UserError, match="largest model comes first"):
-            several("size", given_)
+            all_asked("size", given_)
 
 
 def config(tmp_path: Path, **settings: Any) -> NutePruneConfig:

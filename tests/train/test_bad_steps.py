@@ -12,7 +12,7 @@ def test_a_good_step_ends_a_row_of_bad_ones() -> None:
     seen = []
     for norm in (float("inf"), float("nan"), 1.0, float("inf")):
         counts.drop(torch.tensor(norm), [])
-        seen.append((counts.total, counts.in_row))
-    assert seen == [(1, 1), (2, 2), (2, 0), (3, 1)]
-    counts.restore(2, 1)
-    assert (counts.total, counts.in_row) == (2, 1)
+        seen.append(counts.read())
+    assert seen == [[1, 1], [2, 2], [2, 0], [3, 1]]
+    counts.restore([2, 1])
+    assert counts.read() == [2, 1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nuteprune import NutePruneConfig, load_pruned
-from nuteprune.distill.objective import Objective
+from nuteprune.distill.coforward import Objective
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.gates import importance
 from nuteprune.gates.scores import Probe, Scores

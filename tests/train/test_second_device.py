@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune.distill.objective import Objective
+from nuteprune.distill.coforward import Objective
 from nuteprune.gates import surgeon_costs
 from nuteprune.products import read_tensors
 from nuteprune.shrink import least_squares

@@ -55,7 +55,7 @@ def test_a_shape_is_found_where_steps_of_a_price_are_rounded(
     trainer = make(tiny_model("qwen2_moe"), tmp_path, shape={"experts": 5, "neurons": 20})
     allocator = trainer.ready.allocator
     for seed in range(4):
-        scores = chance(allocator.budget, allocator.layout, allocator.constraints.kinds, seed)
+        scores = chance(allocator.budget, allocator.constraints.kinds, seed)
         wanted = allocator.constraints.floor
         assert allocator.shape(scores, trainer.ready.goals[-1].goal) == wanted
 

@@ -1,4 +1,4 @@
-"""One backbone, two roles: teacher and student go through the model together, layer by layer.
+"""One backbone, two roles, layer by layer together: teacher and student, and the training loss.
 
 The student's forward pass is the stock model's own. Hooks on its decoder layers run each layer
 once more for the teacher, without gradients, under the teacher's masks and LoRA; the layer's
@@ -10,7 +10,7 @@ Shape suffixes: B batch, T tokens, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,7 +18,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nuteprune.distill.losses import LayerTerm, token_weights
+from nuteprune.distill.losses import (
+    IGNORED,
+    Head,
+    batch_counts,
+    language_model_loss,
+    layer_mse,
+    layer_relative,
+    token_kl,
+    token_weights,
+)
 from nuteprune.gates.masks import Masks, NarrowMasks
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks, MaskSource, scale
@@ -53,6 +62,83 @@ class Passage:
     _running_BTD: Tensor | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The training loss: its terms and their weights.
+
+    Args:
+        token_weight: weight of the token-level KL divergence.
+        layer_weight: weight of the layers' terms, 0 for none of them.
+        as_published: whether terms are those of the authors' code: the KL divergence summed over
+            the tokens of a sequence, and plain squared errors summed over layers, the last one
+            behind the final norm. Else the KL divergence is averaged over tokens, and squared
+            errors relative to the teacher's are averaged over layers.
+        temperature: softening of both token distributions.
+        lm_weight: weight of the language-model loss, 0 for none.
+    """
+
+    token_weight: float = 1.0
+    layer_weight: float = 1.0
+    as_published: bool = False
+    temperature: float = 1.0
+    lm_weight: float = 0.0
+
+    @property
+    def layer_distance(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """Distance of a layer's outputs (student, teacher, weights); None without layer terms."""
+        if not self.layer_weight:
+            return None
+        return layer_mse if self.as_published else layer_relative
+
+    def parts(
+        self, passage: Passage, head: Head, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms of a pass by name.
+
+        Args:
+            passage: the results of a co-forward pass.
+            head: the language head that both roles share.
+            inputs: the batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
+
+        Returns:
+            `token_kl` and `layer` where a teacher took part, `lm` where it has a weight.
+        """
+        parts = {}
+        if passage.teacher_BTD is not None and passage.student_BTD is not None:
+            weight_BT, heat = token_weights(inputs), self.temperature
+            kl = token_kl(passage.student_BTD, passage.teacher_BTD, head, weight_BT, heat)
+            tokens = weight_BT.sum() / len(weight_BT) if self.as_published else 1
+            parts["token_kl"] = self.token_weight * tokens * kl
+        if passage.layer_loss is not None:
+            count = 1 if self.as_published else passage.layers
+            parts["layer"] = self.layer_weight * passage.layer_loss / count
+        if self.lm_weight:
+            parts["lm"] = self.lm_weight * text_loss(passage, head, inputs)
+        return parts
+
+    def by_share(
+        self, parts: Mapping[str, Tensor], inputs: Mapping[str, Tensor], mean_3: Tensor
+    ) -> dict[str, Tensor]:
+        """Return a micro-batch's terms, each weighted by its share of the step.
+
+        Means over tokens are weighted by tokens, sums over a sequence's tokens by sequences.
+
+        Args:
+            parts: the terms, as `parts` returns them of this micro-batch.
+            inputs: the micro-batch: `input_ids` (B, T) and maybe `attention_mask` (B, T).
+            mean_3: `batch_counts` of the mean micro-batch of the step.
+        """
+        distilled, learned, sequences = (batch_counts(inputs) / mean_3).unbind()
+        shares = {"lm": learned, "token_kl": sequences if self.as_published else distilled}
+        return {k: v * shares.get(k, distilled) for k, v in parts.items()}
+
+
+RELATIVE = Objective()
+"""Token KL, and layer terms relative to the teacher's norm: the default."""
+TEXT = Objective(token_weight=0.0, layer_weight=0.0, lm_weight=1.0)
+"""Without a teacher: the language-model loss of the text itself."""
+
+
 class CoForward:
     """Lets a model play student and teacher in one pass.
 
@@ -60,9 +146,7 @@ class CoForward:
         anatomy: a model wrapped by PEFT.
         hooks: where masks multiply in it.
         bank: its LoRA weights, and weights in place of the base's.
-        layer_term: distance of a layer's outputs (student, teacher, weights) -> scalar;
-            None: no layer terms.
-        normed: whether the last layer's outputs are compared behind the final norm.
+        objective: what its layers' outputs are compared by.
     """
 
     def __init__(
@@ -70,13 +154,9 @@ class CoForward:
         anatomy: Anatomy,
         hooks: MaskHooks,
         bank: LoraBank,
-        layer_term: LayerTerm | None = None,
-        normed: bool = False,
+        objective: Objective = RELATIVE,
     ) -> None:
-        self.anatomy = anatomy
-        self.hooks = hooks
-        self.bank = bank
-        self.layer_term, self.normed = layer_term, normed
+        self.anatomy, self.hooks, self.bank, self.objective = anatomy, hooks, bank, objective
         self._fixed: dict[str, NarrowMasks] = {}
 
     def student(self, masks: Masks | None) -> AbstractContextManager[None]:
@@ -122,17 +202,19 @@ class CoForward:
             teacher: the teacher, None to run the student alone.
             weight_BT: weight of each token in the layer terms, 0 for padding.
         """
-        passage = Passage()
-        handles = [self._on_final_norm(passage, teacher, weight_BT)]
-        if teacher is not None:
-            theirs = self._source("teacher", teacher.masks)
-            first = self.anatomy.layers[0]
-            handles.append(first.register_forward_pre_hook(_take_entry(passage), prepend=True))
-            for i, layer in enumerate(self.anatomy.layers):
-                handles.append(self._on_layer(passage, layer, i, teacher, theirs, weight_BT))
+        passage, layers = Passage(), self.anatomy.layers
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+            passage._running_BTD = args[0].detach()
+
         with ExitStack() as stack:
-            for handle in handles:
-                stack.enter_context(handle)
+            stack.enter_context(self._on_final_norm(passage, teacher, weight_BT))
+            if teacher is not None:
+                theirs = self._source("teacher", teacher.masks)
+                stack.enter_context(layers[0].register_forward_pre_hook(enter, prepend=True))
+                for i, layer in enumerate(layers):
+                    own = self._on_layer(passage, layer, i, teacher, theirs, weight_BT)
+                    stack.enter_context(own)
             yield passage
 
     def _source(self, role: str, masks: Masks | None) -> MaskSource | None:
@@ -167,7 +249,7 @@ class CoForward:
                 # `forward`, not a call: the layer's own hooks must not run for the teacher.
                 theirs_BTD = _hidden(layer.forward(theirs_BTD, *args[1:], **kwargs))
             passage._running_BTD = theirs_BTD
-            if not (self.normed and index == len(self.anatomy.layers) - 1):
+            if not (self.objective.as_published and index == len(self.anatomy.layers) - 1):
                 self._add_term(passage, _hidden(output), theirs_BTD, weight_BT)
 
         # First of all hooks: FSDP2's lets the layer's weights go.
@@ -176,8 +258,8 @@ class CoForward:
     def _add_term(
         self, passage: Passage, student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor
     ) -> None:
-        if self.layer_term is not None:
-            term, total = self.layer_term(student_BTD, teacher_BTD, weight_BT), passage.layer_loss
+        if (distance := self.objective.layer_distance) is not None:
+            term, total = distance(student_BTD, teacher_BTD, weight_BT), passage.layer_loss
             passage.layer_loss = term if total is None else total + term
             passage.layers += 1
 
@@ -188,19 +270,19 @@ class CoForward:
                 with torch.no_grad():
                     passage.teacher_BTD = module.forward(passage._running_BTD)
                 passage._running_BTD = None
-                if self.normed:
+                if self.objective.as_published:
                     self._add_term(passage, output, passage.teacher_BTD, weight_BT)
 
         return self.anatomy.final_norm.register_forward_hook(hook)
 
 
-def _take_entry(passage: Passage) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        passage._running_BTD = args[0].detach()
-
-    return hook
-
-
 def _hidden(output: Any) -> Tensor:
     """Return a decoder layer's hidden states, whether it returns them alone or in a tuple."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def text_loss(passage: Passage, head: Head, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the student's language-model loss on a batch's own text, padding left out."""
+    assert passage.student_BTD is not None
+    labels_BT = inputs["input_ids"].masked_fill(token_weights(inputs) == 0, IGNORED)
+    return language_model_loss(passage.student_BTD, head, labels_BT)

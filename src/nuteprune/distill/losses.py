@@ -238,7 +238,3 @@ def layer_relative(student_BTD: Tensor, teacher_BTD: Tensor, weight_BT: Tensor) 
     error_BT = (student_BTD.float() - teacher_BTD).square().sum(-1)
     error_BT = error_BT / teacher_BTD.square().sum(-1).clamp(min=1e-6)
     return (error_BT * weight_BT).sum() / weight_BT.sum().clamp(min=1e-9)
-
-
-LayerTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Distance of a layer's outputs (student, teacher, weights of tokens) -> scalar."""

@@ -13,7 +13,7 @@ combination is found by enumeration. So is a price in bytes or seconds: `costs` 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,13 +32,10 @@ from nuteprune.gates.frontier import (
     shared_options,
     steps_by_price,
 )
-from nuteprune.gates.masks import Layout, Masks
+from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints, Options, layer_masks, top
-from nuteprune.gates.scores import chance
+from nuteprune.gates.scores import Scores, chance
 from nuteprune.model.shape import LayerShape, Shape
-
-Scores = Mapping[str, Tensor]
-"""Kind of gate -> (N,), the non-negative loss of removing each unit."""
 
 
 class Allocator:
@@ -55,7 +52,7 @@ class Allocator:
     def __init__(self, budget: Budget, constraints: Constraints) -> None:
         self.budget = budget
         self.constraints = constraints
-        self.layout = Layout(budget.shape, budget.head_dim)
+        self.layout = budget.layout
         # The layers whose attention stays alike where shapes are uniform: by heads and mixers. Then
         # the same of MLPs: with experts, and without.
         layers = budget.shape.layers
@@ -65,8 +62,7 @@ class Allocator:
         )
         if constraints.uniform and not budget.shape.uniform:
             raise UserError(
-                "uniform shapes need a model whose layers are alike, and this model's differ "
-                "already: use --shapes free"
+                "uniform shapes need layers that are alike, and these differ: use --shapes free"
             )
 
     def shape(self, scores: Scores, asked: float | Goal) -> Shape:
@@ -166,14 +162,13 @@ class Allocator:
             "expert_neurons": f"{neurons} expert",
             "hidden": f"a multiple of {self.constraints.hidden_multiple} of the width",
         }
-        for wider, narrower in (
-            ("kv_groups", ["heads"]),
-            ("attn_block", ["heads", "kv_groups"]),
-            ("mlp_block", ["neurons", "experts", "expert_neurons"]),
-        ):
-            if wider in kinds:
-                found = {k: x for k, x in found.items() if k not in narrower}
-        kept = ", ".join(x for k, x in found.items() if k in kinds)
+        narrower = {
+            "kv_groups": ("heads",),
+            "attn_block": ("heads", "kv_groups"),
+            "mlp_block": ("neurons", "experts", "expert_neurons"),
+        }
+        within = {x for kind in kinds for x in narrower.get(kind, ())}
+        kept = ", ".join(x for k, x in found.items() if k in kinds and k not in within)
         return f"{kept} and all that has no gates" if kept else "all that has no gates"
 
     def equal_scores(self) -> dict[str, Tensor]:
@@ -187,7 +182,7 @@ class Allocator:
 
     def chance_scores(self) -> dict[str, Tensor]:
         """Return random scores (N,), with which each part loses about its share."""
-        return chance(self.budget, self.layout, self.constraints.kinds, seed=0)
+        return chance(self.budget, self.constraints.kinds, seed=0)
 
     def maximum(self) -> float:
         """Return the largest sparsity that these constraints can express."""

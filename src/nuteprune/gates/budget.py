@@ -43,6 +43,11 @@ class Budget:
     inner: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
+    def layout(self) -> Layout:
+        """The model's units."""
+        return Layout(self.shape, self.head_dim)
+
+    @cached_property
     def before(self) -> int:
         """The parameters before pruning."""
         return self.parameters(self.shape)
@@ -209,7 +214,7 @@ def unit_parameters(budget: Budget, kind: str) -> Tensor:
         narrow = Shape(shape.hidden - 1, shape.layers)
         return torch.full((shape.hidden,), float(budget.before - budget.parameters(narrow)))
     counts: list[float] = []
-    for layer, units in zip(shape.layers, Layout(shape, budget.head_dim).sizes[kind], strict=True):
+    for layer, units in zip(shape.layers, budget.layout.sizes[kind], strict=True):
         counts += [float(budget.of_a_unit(layer, kind))] * units
     return torch.tensor(counts)
 

@@ -14,8 +14,8 @@ compared at a time, V vocabulary, N units of one kind in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,44 +42,26 @@ LOWEST_ID = 1 / 50
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What a model predicts.
-
-    Args:
-        logits_TV: its logits.
-        sums_T: the logarithms of the sums of their exponentials, fp32.
-    """
-
-    logits_TV: Tensor
-    sums_T: Tensor
-
-    @classmethod
-    def of(cls, logits_TV: Tensor) -> Predicted:
-        """Return the prediction that logits state."""
-        parts = logits_TV.split(_rows(logits_TV))
-        return cls(logits_TV, torch.cat([x.float().logsumexp(-1) for x in parts]))
-
-
-@dataclass(frozen=True)
 class DenseRun:
     """The dense model on sequences that repeat.
 
     Args:
         ids_ST: the sequences, each followed by itself.
-        repeats: the model's predictions of each repeat.
+        logits_STV: the model's logits of each repeat.
+        sums_ST: the logarithms of the sums of their exponentials, fp32.
         outputs: those of each layer.
     """
 
     ids_ST: Tensor
-    repeats: list[Predicted]
+    logits_STV: Tensor
+    sums_ST: Tensor
     outputs: list[Any]
 
     @property
     def copied(self) -> float:
         """The share of the repeats' tokens that the model gets right."""
         repeats_ST = self.ids_ST[:, self.ids_ST.shape[1] // 2 :]
-        likeliest_ST = torch.stack([x.logits_TV.argmax(-1) for x in self.repeats])
-        return number((likeliest_ST == repeats_ST).float().mean())
+        return number((self.logits_STV.argmax(-1) == repeats_ST).float().mean())
 
 
 def copying_kept(probe: Probe, scores: Scores) -> Scores:
@@ -98,7 +80,7 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
     if not kinds:
         return dict(scores)
     dense = run_dense(probe)
-    raised, tick = dict(scores), probe.progress
+    raised = dict(scores)
     losses = {kind: torch.zeros_like(scores[kind]) for kind in kinds}
     measured = {kind: torch.zeros_like(scores[kind], dtype=torch.bool) for kind in kinds}
     while dense.copied >= COPIES:
@@ -106,20 +88,16 @@ def copying_kept(probe: Probe, scores: Scores) -> Scores:
         if not any(new_N.any() for new_N in new.values()):
             return raised
         for kind, new_N in new.items():
-            losses[kind] += copying_losses(probe, kind, dense, new_N, tick)
+            losses[kind] += copying_losses(probe, kind, dense, new_N)
             at_N = measured[kind].logical_or_(new_N)
             if at_N.any():
                 loss_N, own_N = losses[kind], scores[kind]
                 relative_N = loss_N / loss_N[at_N].median().clamp(min=1e-12)
                 raised[kind] = torch.maximum(own_N, own_N[at_N].median() * relative_N)
-        tick = _nobody
+        probe = replace(probe, progress=lambda: None)  # it has been told of all layers
     for _ in range(len(kinds) * len(probe.anatomy.layers)):
-        tick()
+        probe.progress()
     return raised
-
-
-def _nobody() -> None:
-    """Take the place of `progress` once it has been told of all layers."""
 
 
 def _near_the_cut(probe: Probe, scores: Scores, kinds: Sequence[str]) -> dict[str, Tensor]:
@@ -153,7 +131,12 @@ def run_dense(probe: Probe) -> DenseRun:
     ids_ST = repeated(vocabulary, min(LENGTH, positions // 2), probe.seed).to(device)
     with probe.hooks.using(None), noting_outputs(probe.anatomy.layers) as outputs:
         logits_STV = _repeats(probe, ids_ST)
-    return DenseRun(ids_ST, [Predicted.of(x) for x in logits_STV], outputs)
+    return DenseRun(ids_ST, logits_STV, torch.stack([_sums(x) for x in logits_STV]), outputs)
+
+
+def _sums(logits_TV: Tensor) -> Tensor:
+    """Return the logarithms (T,) of the sums of the logits' exponentials, in fp32."""
+    return torch.cat([x.float().logsumexp(-1) for x in logits_TV.split(_rows(logits_TV))])
 
 
 def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
@@ -164,17 +147,14 @@ def _repeats(probe: Probe, ids_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copying_losses(
-    probe: Probe, kind: str, dense: DenseRun, units_N: Tensor, tick: Callable[[], None]
-) -> Tensor:
+def copying_losses(probe: Probe, kind: str, dense: DenseRun, units_N: Tensor) -> Tensor:
     """Return the KL divergence (N,) from the dense model when each of some units is cut alone.
 
     Args:
-        probe: the model.
+        probe: the model; `progress` is told of each layer.
         kind: `heads` or `kv_groups`.
         dense: the run of the model with all units.
         units_N: whether a unit is one of them.
-        tick: called after each layer.
 
     Returns:
         The mean over the repeats' tokens, in nats, on the CPU; 0 for the other units.
@@ -185,10 +165,10 @@ def copying_losses(
         here = first + units_N[first : first + size].nonzero().flatten()
         groups = here.split(AT_ONCE) if len(here) else ()
         own = [units for i, units in enumerate(groups, dealt) if probe.team.is_mine(i)]
-        for units in alike(own, dense.repeats[0].logits_TV):
+        for units in alike(own, dense.logits_STV):
             losses_N[units] = scored(losses_without(probe, kind, layer, units, dense))
         first, dealt = first + size, dealt + len(groups)
-        tick()
+        probe.progress()
     probe.team.add_up([losses_N])
     return losses_N
 
@@ -205,11 +185,12 @@ def losses_without(probe: Probe, kind: str, layer: int, units_B: Tensor, dense: 
     masks = Masks(probe.layout, {kind: values_BN})
     losses_B = torch.zeros(count, device=device)
     before = probe.anatomy.layers[:layer]
-    for s, (ids_T, repeat) in enumerate(zip(dense.ids_ST, dense.repeats, strict=True)):
+    for s, ids_T in enumerate(dense.ids_ST):
         given = [_of_sequence(output, s, count) for output in dense.outputs[:layer]]
         with probe.hooks.using(masks), giving(before, given):
             cut_BTV = _repeats(probe, ids_T.expand(count, -1))
-        losses_B += torch.stack([mean_kl(repeat, cut_TV) for cut_TV in cut_BTV])
+        whole = (dense.logits_STV[s], dense.sums_ST[s])
+        losses_B += torch.stack([mean_kl(*whole, cut_TV) for cut_TV in cut_BTV])
     return losses_B / len(dense.ids_ST)
 
 
@@ -220,13 +201,13 @@ def _of_sequence(output: Any, sequence: int, count: int) -> Any:
     return output[sequence].expand(count, -1, -1)
 
 
-def mean_kl(p: Predicted, q_TV: Tensor) -> Tensor:
-    """Return the mean over tokens of KL(p || q), q given as logits.
+def mean_kl(p_TV: Tensor, sums_T: Tensor, q_TV: Tensor) -> Tensor:
+    """Return the mean over tokens of KL(p || q), given logits, and `_sums` of p.
 
     KL = sum p (z_p - z_q) + logsumexp(z_q) - logsumexp(z_p): no logarithm of each chance is held.
     """
     total, rows = torch.zeros((), device=q_TV.device), _rows(q_TV)
-    parts = (p.logits_TV.split(rows), p.sums_T.split(rows), q_TV.split(rows))
+    parts = (x.split(rows) for x in (p_TV, sums_T, q_TV))
     for p_RV, sum_R, q_RV in alike(list(zip(*parts, strict=True)), q_TV):
         p_RV, q_RV = p_RV.float(), q_RV.float()
         total += (q_RV.logsumexp(-1) - sum_R).sum()

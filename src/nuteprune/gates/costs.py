@@ -6,10 +6,9 @@ under a limit on their sum, whatever the unit.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +20,8 @@ from nuteprune.model.weights import count
 
 SCHEMA = 1
 """Of a table of seconds."""
+MEASURE = "nuteprune bench MODEL --save-costs FILE"
+"""How one is made."""
 PHASES = ("prefill", "decode")
 """What it tells apart: a prompt, and one token after it."""
 
@@ -82,8 +83,8 @@ class Uncounted:
                 found["expert"][layer] = _sum(found["expert"][layer], each)
             elif not path.startswith(inside):
                 found[block[0]][layer] = _sum(found[block[0]][layer], line)
-        attention, mlp, expert = (tuple(found[x]) for x in ("attention", "mlp", "expert"))
-        return cls(attention, mlp, rest, expert, tuple(heads))
+        lines = {kind: tuple(each) for kind, each in found.items()}
+        return cls(rest=rest, head=tuple(heads), **lines)
 
 
 def _place(name: str, layers: str) -> tuple[int | None, str]:
@@ -102,25 +103,21 @@ def _sum(a: Line, b: Line, times: int = 1) -> Line:
     return a[0] + times * b[0], a[1] + times * b[1]
 
 
-class Priced(ABC):
+class Priced(Protocol):
     """Prices of a model's parts, in any unit: see `Cost` and `Seconds`."""
 
     budget: Budget
 
     @property
-    @abstractmethod
     def by_units(self) -> bool:
         """Whether equal parts cost the same whichever layer they are of."""
 
-    @abstractmethod
     def attention(self, index: int, kept: LayerShape) -> Line:
         """Return the price of a layer's remaining attention."""
 
-    @abstractmethod
     def mlp(self, index: int, kept: LayerShape) -> Line:
         """Return the price of a layer's remaining MLP."""
 
-    @abstractmethod
     def rest(self, width: int) -> float:
         """Return the price of all outside of blocks, at a width."""
 
@@ -248,8 +245,8 @@ def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
         found = Seconds(budget, attention, mlp, seconds_in(table["rest"]))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"the table of costs cannot be read ({type(error).__name__}: {error}); nuteprune bench "
-            "MODEL --save-costs FILE writes one"
+            f"the table of costs cannot be read ({type(error).__name__}: {error}); write one with "
+            f"{MEASURE}"
         ) from error
     _check_reach(found, budget)
     return found
@@ -271,8 +268,7 @@ def check_model(table: Mapping[str, Any], budget: Budget) -> None:
     for name, value in here.items():
         if table[name] != value:
             raise UserError(
-                f"the table of costs is of {name} {table[name]}, not {value}: measure this model "
-                "with nuteprune bench MODEL --save-costs FILE"
+                f"the table of costs is of {name} {table[name]}, not {value}: run {MEASURE}"
             )
 
 
@@ -282,8 +278,7 @@ def _check_reach(found: Seconds, budget: Budget) -> None:
         if layer.neurons > max(found.mlp_s, default=0) or layer.kv_heads > min(rows, default=0):
             raise UserError(
                 f"the table of costs says nothing of {layer.kv_heads} KV heads and "
-                f"{layer.neurons} neurons, which the model has: measure it with nuteprune bench "
-                "MODEL --save-costs FILE"
+                f"{layer.neurons} neurons, which the model has: run {MEASURE}"
             )
 
 

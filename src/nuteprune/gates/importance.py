@@ -38,7 +38,7 @@ def random(probe: Probe) -> Scores:
 
     Any method has to do better than this.
     """
-    return chance(probe.budget, probe.layout, probe.kinds, probe.seed)
+    return chance(probe.budget, probe.kinds, probe.seed)
 
 
 def wanda(probe: Probe) -> Scores:
@@ -229,7 +229,7 @@ class Method:
         reason: why not the others.
         default_kinds: the kinds that it takes where none are named; None: what the model has.
         reads: how many times `calibration_blocks` it reads; 0: it needs no text. Gradients are
-            taken on a part of it; see `score.with_gradients`.
+            taken on a part of it; see `stages.score.with_gradients`.
         by_layer: whether it also takes all of it through the layers one by one; each layer is told
             to the probe's `progress`.
         cuts: whether it also cuts attention units one by one; each layer is told again.

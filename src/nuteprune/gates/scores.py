@@ -60,7 +60,7 @@ class Probe:
     @property
     def layout(self) -> Layout:
         """The model's units."""
-        return Layout(self.budget.shape, self.budget.head_dim)
+        return self.budget.layout
 
     def own_batches(self) -> Iterator[Tensor]:
         """Yield this process's share of the batches; `progress` is told of all."""
@@ -128,10 +128,10 @@ def in_order(sizes: Sequence[int], losses: Tensor, places: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def chance(budget: Budget, layout: Layout, kinds: Iterable[str], seed: int) -> dict[str, Tensor]:
+def chance(budget: Budget, kinds: Iterable[str], seed: int) -> dict[str, Tensor]:
     """Return u x parameters of each unit, u uniform in (0, 1): each part loses about its share."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = {kind: torch.rand(layout.units(kind), generator=generator) for kind in kinds}
+    drawn = {kind: torch.rand(budget.layout.units(kind), generator=generator) for kind in kinds}
     return losses_of(budget, drawn)
 
 

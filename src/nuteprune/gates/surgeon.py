@@ -170,11 +170,13 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
     device = probe.anatomy.model.device
     generator = torch.Generator(device).manual_seed(probe.seed)
     total: dict[Key, Tensor] = {}
+    for key, module in reversed(_readers(probe).items()):  # in one order in all processes
+        width = math.prod(module.sizes) if isinstance(module, Mixture) else module.in_features
+        total[key] = torch.zeros(2, width, device=device)
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
     def add_changes(block: str, layer: int, changes_2I: Tensor) -> None:
-        changes_2I, key = changes_2I / LOSS_SCALE**2 / sequences, (block, layer)
-        total[key] = total[key] + changes_2I if key in total else changes_2I
+        total[block, layer] += changes_2I / LOSS_SCALE**2 / sequences
 
     with _gradients_of_inputs(probe, add_changes):
         for i, batch_BT in enumerate(probe.batches):
@@ -183,14 +185,8 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
             else:
                 _pass_over(probe, batch_BT, generator)
             probe.progress()
-    found = {}  # in one order in all processes
-    for key, module in reversed(_readers(probe).items()):
-        if key not in total:  # no batch is this process's
-            width = math.prod(module.sizes) if isinstance(module, Mixture) else module.in_features
-            total[key] = torch.zeros(2, width, device=device)
-        found[key] = total[key]
-    probe.team.add_up(found.values())
-    return found
+    probe.team.add_up(total.values())
+    return total
 
 
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:

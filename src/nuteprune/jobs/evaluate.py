@@ -31,7 +31,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.run_folder import RECORD, RUN, TEXT, VOCAB
 from nuteprune.stages.judge import judge_beside
 from nuteprune.train.midway import is_midway, load_midway
-from nuteprune.train.run_settings import read_settings
+from nuteprune.train.settings import read_settings
 
 BLOCKS = 96
 """Blocks of text at most that the use of context is measured on."""

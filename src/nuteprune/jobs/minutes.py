@@ -29,7 +29,7 @@ from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.run_settings import read_settings
+from nuteprune.train.settings import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
 GRADIENTS, BY_LAYER, REFIT, JUDGE = 1.1, 0.75, 0.85, 0.8
@@ -202,7 +202,7 @@ def _times(job: PruneJob, trial: Run, rates: Rates, args: NutePruneConfig) -> tu
     scored += BY_LAYER * method.by_layer * args.scored_blocks
     scored += CUT * method.cuts * attention * goals[-1].sparsity
     refit = REFIT * args.refit_blocks
-    again = method.reads > 0 and args.tried and model.can_try_cuts
+    again = args.tried and model.can_try_cuts
     stops = len(stops_before(goals[-1].sparsity)) * again
     blocks = (1 + stops) * scored + (stops + len(goals)) * refit
     share = share_to_write(job)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nuteprune.console import Output, duration, megabytes, millions
-from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import seconds_writing, share_to_write
 from nuteprune.jobs.show import describe_target
@@ -155,8 +154,8 @@ def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict
 
 def _reckoned(run: Run, writing: float, step: float | None) -> float:
     """Return about how long a run takes that cannot be planned."""
-    cut, args = run.cut(), run.args
-    rounds = METHODS[args.method].reads > 0 and cut.tries_cuts
+    args = run.args
+    rounds = args.tried and run.model.can_try_cuts
     stops = len(stops_before(run.goals[-1].sparsity)) * rounds
     # A scored or refitted block costs most of a step's share of one.
     refits = stops + len(run.goals)

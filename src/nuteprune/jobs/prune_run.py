@@ -34,7 +34,7 @@ from nuteprune.stages.write import read_written, room, seconds_to_write
 from nuteprune.train.checks import check_placement
 from nuteprune.train.config import NutePruneConfig, prune_config
 from nuteprune.train.prepare import Prepared, prepare
-from nuteprune.train.run_settings import chosen_settings
+from nuteprune.train.settings import chosen_settings
 from nuteprune.train.targets import COUNTED, Target
 from nuteprune.train.trainer import NutePruneTrainer
 

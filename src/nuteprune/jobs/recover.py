@@ -44,7 +44,7 @@ from nuteprune.processes import is_main
 from nuteprune.run_folder import DENSE, RECORD, RUN
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
-from nuteprune.train.run_settings import check_same
+from nuteprune.train.settings import check_same
 from nuteprune.train.state import last_checkpoint
 
 

@@ -18,7 +18,6 @@ from nuteprune.data.mixture import GUARD, tokens_to_write
 from nuteprune.data.openings import TEXT_TOKENS
 from nuteprune.data.writing import plain_together
 from nuteprune.gates.allocate import Allocator
-from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
@@ -195,8 +194,8 @@ class Plan:
     @property
     def stops(self) -> int:
         """How many times the remaining units are scored again."""
-        can_try_cuts = not self.packed and set(self.allocator.constraints.kinds) <= INPUTS.keys()
-        again = METHODS[self.args.method].reads > 0 and self.args.tried and can_try_cuts
+        kinds = set(self.allocator.constraints.kinds)
+        again = self.args.tried and not self.packed and kinds <= INPUTS.keys()
         return len(stops_before(self.targets[-1])) if again else 0
 
     @property

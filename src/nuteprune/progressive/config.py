@@ -8,15 +8,16 @@ from typing import ClassVar
 
 from transformers.training_args import OptimizerNames
 
-from nuteprune.distill.objective import RELATIVE, Objective
+from nuteprune.distill.coforward import RELATIVE, Objective
 from nuteprune.errors import UserError
-from nuteprune.gates.method_names import METHOD
-from nuteprune.progressive.gates import Gates, RankedGates
+from nuteprune.gates import METHOD
+from nuteprune.progressive.gates import RankedGates
 from nuteprune.progressive.hard_concrete import HardConcreteGates
 from nuteprune.progressive.settings import ProgressiveSettings
+from nuteprune.progressive.teachers import Schedule
 from nuteprune.train.config import NutePruneConfig
 
-GATE_TYPES: Mapping[str, type[Gates]] = {
+GATE_TYPES: Mapping[str, type[RankedGates | HardConcreteGates]] = {
     "ranked": RankedGates,
     "hard_concrete": HardConcreteGates,
 }
@@ -48,14 +49,13 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
         UserError: for settings that do not go together.
     """
 
-    PIPELINE: ClassVar[str] = "nuteprune.progressive.pipeline"
-    STAGED: ClassVar[bool] = True
+    PIPELINE: ClassVar[str] = "nuteprune.progressive.trainer"
 
     def __post_init__(self) -> None:
         self.progressive = True
         super().__post_init__()
         gate_type, optimizer = GATE_TYPES[self.gate_type], OptimizerNames(self.optim).value
-        if not any(self.shares):
+        if not (self.ramp_share or self.freeze_share):
             raise UserError(
                 "masks that move need steps to move in: pass ramp_share or freeze_share above 0, "
                 "or leave progressive out"
@@ -71,8 +71,8 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
             )
         if self.has_narrow_lora and self.refit:
             raise UserError(
-                "the refit puts weights in place beside LoRA, which lora_targets qv leaves the "
-                "output and down projections without: set refit to false"
+                "lora_targets qv leaves no LoRA beside the weights that the refit puts in place: "
+                "set refit to false"
             )
         if gate_type.trained and optimizer not in ASCENDING:
             raise UserError(
@@ -80,11 +80,11 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
                 "optim out"
             )
 
-    @property
-    def shares(self) -> tuple[float, float]:
-        """Shares of the steps by which the target is reached, and masks are frozen."""
+    def schedule(self, target: float) -> Schedule:
+        """Return when masks move and freeze, and who teaches, on the way to a sparsity."""
         freeze = self.ramp_share if self.freeze_share is None else self.freeze_share
-        return self.ramp_share, freeze
+        teach = self.teacher == "snapshots"
+        return Schedule(target, self.max_steps, self.ramp_share, freeze, teach)
 
     @property
     def has_unused_parameters(self) -> bool:
@@ -105,8 +105,3 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
     def scored_blocks(self) -> int:
         """Blocks that the one-shot scores read, those without gradients among them."""
         return super().scored_blocks if GATE_TYPES[self.gate_type].ranked else 0
-
-    @property
-    def tried(self) -> bool:
-        """Whether a cut can be tried before the first step: never, since masks move."""
-        return False

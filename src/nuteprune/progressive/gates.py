@@ -1,6 +1,6 @@
 """Gates in training: from learned state to the masks of a step, and to the final ones.
 
-All kinds share one interface. `RankedGates` hold hard, exportable masks at the scheduled sparsity
+`RankedGates` hold hard, exportable masks at the scheduled sparsity
 at every step and keep re-estimating each unit's score from the gradients of its mask. The paper's,
 whose masks are soft and trained themselves, are in `hard_concrete.py`.
 
@@ -15,19 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Masks
-from nuteprune.processes import several
+from nuteprune.processes import everyone
 
 DECAY = 0.99
 """Weight of the past in the moving average of scores, per step."""
 
 
 class Gates(nn.Module):
-    """The interface of gates to the trainer.
+    """What all kinds of gates have in common; `RankedGates` has the methods of each kind.
 
     Args:
         allocator: turns scores into exportable shapes and masks.
@@ -62,14 +61,6 @@ class Gates(nn.Module):
         """Return the optimizer's groups for trained gates."""
         return []
 
-    def begin_step(self, sparsity: float, seed: int) -> None:
-        """Prepare the masks of one optimizer step; the same on all ranks and micro-batches."""
-        raise NotImplementedError
-
-    def masks(self, batch_size: int) -> Masks:
-        """Return the step's masks for a micro-batch, with gradients unless frozen."""
-        raise NotImplementedError
-
     def observe(self) -> None:
         """Add the gradients of gates from a micro-batch's backward pass."""
 
@@ -83,18 +74,6 @@ class Gates(nn.Module):
     def figures(self) -> dict[str, float]:
         """Return further figures for the logs."""
         return {}
-
-    def sparsity(self) -> float:
-        """Return the expected sparsity of the step's masks."""
-        raise NotImplementedError
-
-    def snapshot(self) -> Masks:
-        """Return the step's masks without noise: what a teacher remembers."""
-        raise NotImplementedError
-
-    def freeze(self, asked: float | Goal) -> Masks:
-        """Fix the masks, in an exportable shape at a sparsity or another goal."""
-        raise NotImplementedError
 
     def restore_masks(self, masks: Masks) -> None:
         """Take over masks that were frozen before a run was interrupted."""
@@ -160,9 +139,7 @@ class RankedGates(Gates):
     def end_step(self) -> None:
         """Move the scores towards those of the step, on the scores' own scale."""
         if self._seen and not self.frozen:
-            if several():
-                for kind in self.kinds:
-                    dist.all_reduce(self._seen[kind])
+            everyone().add_up(self._seen[kind] for kind in self.kinds)
             seen = sum(float(v.sum()) for v in self._seen.values())
             have = sum(float(v.sum()) for v in self.scores.values())
             if 0 < seen < math.inf:  # squares overflow where gradients do not yet
@@ -172,20 +149,14 @@ class RankedGates(Gates):
 
     def sparsity(self) -> float:
         """Return the exact sparsity of the step's masks."""
-        return self._sparsity
+        return self.allocator.sparsity(self._final) if self._final is not None else self._sparsity
 
     def snapshot(self) -> Masks:
         """Return the step's hard masks."""
-        return self._hard
+        return self._final or self._hard
 
     def freeze(self, asked: float | Goal) -> Masks:
         """Fix the masks by the current scores."""
         self._choose(asked)
         self._final = self._hard
         return self._hard
-
-    def restore_masks(self, masks: Masks) -> None:
-        """Take over frozen masks."""
-        super().restore_masks(masks)
-        assert self._final is not None
-        self._hard, self._sparsity = self._final, self.allocator.sparsity(masks)

@@ -22,7 +22,6 @@ from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import losses_of
 from nuteprune.progressive.gates import Gates
-from nuteprune.progressive.schedule import Lagrangian
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 TEMPERATURE = 2 / 3
@@ -55,6 +54,24 @@ def keep_probability(log_alpha: Tensor) -> Tensor:
 def test_value(log_alpha: Tensor) -> Tensor:
     """Return the noiseless soft value of each gate that is kept."""
     return torch.sigmoid(SHARPNESS * log_alpha / TEMPERATURE)
+
+
+class Lagrangian(nn.Module):
+    """Penalty lambda1 (s - t) + lambda2 (s - t)^2, minimised by gates, maximised by lambdas.
+
+    The lambdas' optimizer must ascend: give their parameter group `maximize=True`.
+    Source: the paper's sparsity loss, after Wang, Wohlwend and Lei 2020 (arXiv 1910.04732).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.zeros(()))
+        self.lambda2 = nn.Parameter(torch.zeros(()))
+
+    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+        """Return the penalty, a scalar, for expected and asked-for sparsity."""
+        gap = sparsity - target
+        return self.lambda1 * gap + self.lambda2 * gap.square()
 
 
 class HardConcreteGates(Gates):

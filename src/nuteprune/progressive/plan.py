@@ -11,8 +11,6 @@ from torch import Tensor
 from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.gates.masks import Masks
 from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.progressive.schedule import Schedule
-from nuteprune.progressive.teachers import snapshots
 from nuteprune.progressive.trainer import ProgressiveTrainer
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.trainer import NutePruneTrainer
@@ -23,20 +21,15 @@ MOVING, TAUGHT, FIXED = "moving", "taught", "fixed"
 
 def kinds_of_steps(args: ProgressiveConfig, sparsity: float) -> dict[str, int]:
     """Return kind -> its number of steps, on the way to a sparsity."""
-    ramp = min(args.max_steps, _schedule(args, sparsity).freeze_step)
-    found = {TAUGHT if snapshots_of(args, sparsity) else MOVING: ramp}
+    schedule = args.schedule(sparsity)
+    ramp = min(args.max_steps, schedule.freeze_step)
+    found = {TAUGHT if schedule.has_snapshots else MOVING: ramp}
     return {k: v for k, v in (found | {FIXED: args.max_steps - ramp}).items() if v}
 
 
 def snapshots_of(args: ProgressiveConfig, sparsity: float) -> float:
     """Return about how many snapshots there will be on the way to a sparsity."""
-    schedule = _schedule(args, sparsity)
-    has_snapshots = args.teacher == "snapshots" and schedule.ramps
-    return has_snapshots * snapshots(sparsity, schedule.ramp_steps)
-
-
-def _schedule(args: ProgressiveConfig, sparsity: float) -> Schedule:
-    return Schedule(sparsity, args.max_steps, *args.shares)
+    return args.schedule(sparsity).snapshots
 
 
 def begin(trainer: NutePruneTrainer, masks: Masks) -> None:
@@ -71,18 +64,18 @@ class Planned(ProgressiveTrainer):
         if self._kind == FIXED:
             return self.coforward.student(self._fixed)
         count = len(inputs["input_ids"])
-        values = {k: self._leaf(count, len(v)) for k, v in self._fixed.values.items()}
+        weight, values = self.anatomy.embedding.weight, {}
+        for kind, fixed_N in self._fixed.values.items():
+            leaf_BN = weight.new_ones(count, len(fixed_N), dtype=torch.float32)
+            values[kind] = leaf_BN.requires_grad_()
         return self.coforward.student(Masks(self._fixed.layout, values))
-
-    def _leaf(self, *size: int) -> Tensor:
-        weight = self.anatomy.embedding.weight
-        leaf: Tensor = weight.new_ones(size, dtype=torch.float32).requires_grad_()
-        return leaf
 
     def teacher(self) -> Role | None:
         """See `ProgressiveTrainer.teacher`."""
-        if self.args.teacher == "none" or self._kind != TAUGHT:
-            return None if self.args.teacher == "none" else DENSE
+        if self.args.teacher == "none":
+            return None
+        if self._kind != TAUGHT:
+            return DENSE
         dtype = self.anatomy.embedding.weight.dtype
         held = {k: torch.empty_like(v, dtype=dtype) for k, v in self.ready.bank.state().items()}
         return Role(self._fixed, held)

@@ -1,4 +1,4 @@
-"""The numerous teachers: snapshots of masks and LoRA at growing sparsity, kept on disk.
+"""The sparsity schedule, and its numerous teachers: snapshots of masks and LoRA, kept on disk.
 
 While sparsity grows, the student learns from a teacher that is a few snapshots less pruned. Once
 the target is reached, it walks back through the teachers to the dense model, in equal shares of the
@@ -20,67 +20,91 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import file_sum, writing
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.products import read_tensors, write_tensors
-from nuteprune.progressive.schedule import Schedule
 
 LORA = "lora"
 """The tensor of a snapshot that holds all LoRA weights; the others are masks, by kind."""
 
 
-def spacing_of(target: float) -> float:
-    """Return the sparsity between snapshots: 1 %, or less for a small target."""
-    return min(0.01, target / 10)
-
-
-def snapshots(target: float, ramp_steps: int) -> float:
-    """Return about how many snapshots a ramp leaves, at most one a step."""
-    return min(target / spacing_of(target), ramp_steps)
-
-
 @dataclass(frozen=True)
-class Plan:
-    """Which teacher serves when.
+class Schedule:
+    """Sparsity over the steps of a run, and who teaches when: a ramp to the target, then rest.
+
+    As published, a snapshot is taken at every point of sparsity, and the teacher is 10 behind. Both
+    are scaled down where a run is small, so that it has teachers too.
 
     Args:
-        spacing: a snapshot is taken at every further `spacing` of sparsity.
-        lag: while sparsity grows, the teacher is this many snapshots behind the newest.
-        has_snapshots: whether there are any; else the dense model teaches.
+        target: sparsity to reach.
+        steps: optimizer steps of the whole run.
+        ramp_share: share of the steps by which the target is reached.
+        freeze_share: share of the steps by which masks are fixed, if later than the ramp; where
+            both shares are 0 they are fixed before the first step.
+        snapshots_teach: whether snapshots do, if the ramp leaves any; else the dense model.
     """
 
-    spacing: float
-    lag: int
-    has_snapshots: bool = True
+    target: float
+    steps: int
+    ramp_share: float = 0.5
+    freeze_share: float = 0.0
+    snapshots_teach: bool = True
 
-    @classmethod
-    def for_target(cls, target: float, ramp_steps: int, has_snapshots: bool = True) -> Plan:
-        """Return the published plan (every point, 10 behind), scaled down where a run is small.
+    @property
+    def ramp_steps(self) -> int:
+        """The number of steps until the schedule asks for the target."""
+        return max(1, min(self.steps, round(self.steps * self.ramp_share)))
 
-        The spacing is finer where the target is small, and the lag is at most half of the snapshots
-        that a ramp can leave, one a step, so that a small target or a short run has teachers too.
+    @property
+    def freeze_step(self) -> int:
+        """Step before which masks are fixed, counted from 0."""
+        ramp = self.ramp_steps if self.ramp_share else 0
+        return max(ramp, round(self.steps * self.freeze_share))
 
-        Args:
-            target: sparsity that the run ends at.
-            ramp_steps: optimizer steps on the way there.
-            has_snapshots: as in `Plan`.
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether snapshots teach: the target is reached over several steps."""
+        return self.snapshots_teach and self.ramp_steps > 1
+
+    @property
+    def spacing(self) -> float:
+        """The sparsity between snapshots: 1 %, or less for a small target."""
+        return min(0.01, self.target / 10)
+
+    @property
+    def snapshots(self) -> float:
+        """About how many snapshots the ramp leaves, at most one a step."""
+        return min(self.target / self.spacing, self.ramp_steps) if self.has_snapshots else 0
+
+    @property
+    def lag(self) -> int:
+        """While sparsity grows, the teacher is this many snapshots behind the newest."""
+        return min(10, max(1, round(self.snapshots / 2)))
+
+    def sparsity(self, step: int) -> float:
+        """Return the scheduled sparsity at a step, counted from 0."""
+        return self.target * min(1.0, (step + 1) / self.ramp_steps)
+
+    def rests(self, step: int) -> bool:
+        """Return whether the ramp is over at a step."""
+        return step + 1 >= self.ramp_steps
+
+    def rested(self, step: int) -> float:
+        """Return the share of the way back through the teachers that will be over after a step.
+
+        The way back takes all of the rest, as published, or as long as the ramp where that is less:
+        a teacher serves as many steps as the ramp took to pass it. After that it is 1 or more.
         """
-        lag = min(10, max(1, round(snapshots(target, ramp_steps) / 2)))
-        return cls(spacing_of(target), lag, has_snapshots)
+        left = max(1, min(self.steps - self.ramp_steps, self.ramp_steps))
+        return (step - self.ramp_steps + 1) / left
 
     def due(self, sparsity: float, newest: float) -> bool:
         """Return whether a snapshot is to be taken at a sparsity."""
         return self.has_snapshots and sparsity >= newest + self.spacing - 1e-9
 
-    def teacher(self, schedule: Schedule, step: int, count: int) -> int:
-        """Return the index of a step's teacher, -1 for the dense model.
-
-        Args:
-            schedule: of the run.
-            step: counted from 0.
-            count: teachers there are.
-        """
+    def teacher(self, step: int, count: int) -> int:
+        """Return the index of a step's teacher among `count`, -1 for the dense model."""
         if not self.has_snapshots:
             return -1
-        if schedule.rests(step):
-            return self.returning(count, schedule.rested(step))
+        if self.rests(step):
+            return self.returning(count, self.rested(step))
         return self.growing(count)
 
     def growing(self, count: int) -> int:
@@ -139,8 +163,10 @@ class Teachers:
         shapes = {key: list(value.shape) for key, value in lora.items()}
         notes = {"sparsity": sparsity, "shapes": shapes}
         path = self._path(len(self))
+        # One by one: a device may have no room for a second copy of all.
+        packed = torch.cat([x.detach().flatten().to("cpu", torch.bfloat16) for x in lora.values()])
         with writing(f"the teacher {path}", "make room, then go on with --resume"):
-            write_tensors(path, {**masks.values, LORA: _packed(lora)}, notes)
+            write_tensors(path, {**masks.values, LORA: packed}, notes)
             self.sums.append(file_sum(path))
         self.sparsities.append(sparsity)
 
@@ -160,8 +186,7 @@ class Teachers:
                 raise UserError(f"cannot resume: the teacher {path} is gone")
             if file_sum(path) != expected:
                 raise UserError(
-                    f"cannot resume: the teacher {path} is damaged: its SHA-256 is not the one "
-                    "that it was written with"
+                    f"cannot resume: the teacher {path} is damaged: its SHA-256 is another"
                 )
         self.sparsities, self.sums = list(sparsities), list(sums)
         self._loaded = None
@@ -197,16 +222,3 @@ class Teachers:
         parts = packed.split([math.prod(shape) for shape in shapes.values()])
         lora = {key: part.view(shapes[key]) for key, part in zip(shapes, parts, strict=True)}
         return Role(Masks(self.layout, masks), lora)
-
-
-@torch.no_grad()
-def _packed(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the values of all tensors in bfloat16, concatenated on the CPU.
-
-    A device may have no room for a second copy.
-    """
-    sizes = [value.numel() for value in tensors.values()]
-    packed = torch.empty(sum(sizes), dtype=torch.bfloat16)
-    for part, value in zip(packed.split(sizes), tensors.values(), strict=True):
-        part.copy_(value.flatten())
-    return packed

@@ -10,28 +10,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.calibration import calibration_blocks
 from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
-from nuteprune.processes import agree
+from nuteprune.processes import agree, is_main
 from nuteprune.progressive.config import GATE_TYPES, ProgressiveConfig
-from nuteprune.progressive.schedule import Schedule
-from nuteprune.progressive.teachers import Plan, Teachers
+from nuteprune.progressive.teachers import Teachers
+from nuteprune.run import Record, Run
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
-from nuteprune.train.prepare import Prepared, prepare
+from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.prepare import Prepared
 from nuteprune.train.setup import leave_out
-from nuteprune.train.state import RunState, restore
-from nuteprune.train.targets import Target
+from nuteprune.train.state import RunState
 from nuteprune.train.trainer import NutePruneTrainer
 
 FAR = 0.05
@@ -43,56 +42,32 @@ logger = logging.getLogger(__name__)
 class ProgressiveTrainer(NutePruneTrainer):
     """Prunes a causal language model while it learns from less pruned versions of itself.
 
-    Args:
-        model: see `NutePruneTrainer`.
-        args: the run's settings.
-        train_dataset: see `NutePruneTrainer`.
-        processing_class: the tokenizer.
-        goal: which of the model's goals is meant; None: the last one.
-        stored_dtype: see `NutePruneTrainer`.
-        **kwargs: passed on.
-
-    Raises:
-        UserError: as `NutePruneTrainer`.
+    Arguments and errors are those of `NutePruneTrainer`; masks and weights are found on the way.
     """
 
     args: ProgressiveConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel | Prepared,
-        args: ProgressiveConfig,
-        train_dataset: Dataset[Any] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        goal: Target | None = None,
-        stored_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(model, PreTrainedModel):
-            model = prepare(model, args, stored_dtype, kwargs)
-        goal = goal or model.goals[-1]
-        self.schedule = Schedule(goal.sparsity, args.max_steps, *args.shares)
-        has_snapshots = args.teacher == "snapshots" and self.schedule.ramps
-        self.plan = Plan.for_target(goal.sparsity, self.schedule.ramp_steps, has_snapshots)
-        allocator, self._type = model.allocator, GATE_TYPES[args.gate_type]
-        self.gates = self._type(allocator, allocator.equal_scores())
-        model.model.add_module("nuteprune_gates", self.gates)
-        leave_out(model.model)
-        self._teacher_index, self._has_scores = -1, False
-        super().__init__(model, args, train_dataset, processing_class, goal=goal, **kwargs)
-        keep = args.device.type != "cpu"
-        self.teachers = Teachers(self.run_folder / TEACHERS, model.layout, keep)
+    def add_to(self, ready: Prepared, args: NutePruneConfig) -> None:
+        """Add gates to the model, and plan when they move and who teaches."""
+        assert isinstance(args, ProgressiveConfig)
+        self.schedule = args.schedule(self.goal.sparsity)
+        kind, allocator = GATE_TYPES[args.gate_type], ready.allocator
         # Trainer leaves models in 8 or 4 bits where they are, and what hangs on them too.
-        self.gates.to(self.args.device)
+        self.gates = kind(allocator, allocator.equal_scores()).to(args.device)
+        ready.model.add_module("nuteprune_gates", self.gates)
+        leave_out(ready.model)
+        self._teacher_index, self._has_scores = -1, False
+        folder = Path(cast(str, args.output_dir)) / TEACHERS
+        self.teachers = Teachers(folder, ready.layout, keep=args.device.type != "cpu")
 
     def begin(self, resumes: bool = False) -> None:
         """Start the gates from scores, where they follow any."""
-        if self._has_scores or resumes or not self._type.ranked:
+        if self._has_scores or resumes or not self.gates.ranked:
             return
         scores = self.stages_before(resumes).score()
-        fresh = self._type(self.ready.allocator, scores)
-        self.gates.load_state_dict(fresh.state_dict())
-        agree(self.gates.state_dict().values())
+        for kind, own in self.gates.scores.items():
+            own.copy_(scores[kind])
+        agree(self.gates.scores.values())
         self._has_scores = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -102,7 +77,7 @@ class ProgressiveTrainer(NutePruneTrainer):
             UserError: if some parameters have to ascend, and the optimizer knows no `maximize`.
         """
         optimizer = super().create_optimizer(model)
-        if self._type.trained and "maximize" not in optimizer.defaults:
+        if self.gates.trained and "maximize" not in optimizer.defaults:
             raise UserError(
                 f"the Lagrangian's multipliers ascend, which {type(optimizer).__name__} cannot do: "
                 "pass an optimizer that has maximize"
@@ -138,7 +113,7 @@ class ProgressiveTrainer(NutePruneTrainer):
             self.freeze()
         seed = (self.args.seed * 1_000_003 + step) % 2**32  # of more bits torch uses the last 32
         self.gates.begin_step(self.schedule.sparsity(step), seed)
-        self._teacher_index = self.plan.teacher(self.schedule, step, len(self.teachers))
+        self._teacher_index = self.schedule.teacher(step, len(self.teachers))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Run one micro-batch; the gates see its gradients."""
@@ -169,7 +144,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         """Finish an optimizer step: scores follow, and a snapshot is taken where one is due."""
         self.gates.end_step()
         sparsity = self.gates.sparsity()
-        if not self.gates.frozen and self.plan.due(sparsity, self.teachers.newest):
+        if not self.gates.frozen and self.schedule.due(sparsity, self.teachers.newest):
             self.teachers.record(sparsity, self.gates.snapshot(), self.ready.bank.state())
 
     def freeze(self) -> None:
@@ -194,7 +169,7 @@ class ProgressiveTrainer(NutePruneTrainer):
     def as_pruned(self) -> AbstractContextManager[None]:
         """Return a context in which `model` uses the current masks; outside of it, none."""
         self.check_unused()
-        return self.coforward.student(self.gates.snapshot().to(str(self.args.device)))
+        return self.coforward.student(self.final_masks().to(str(self.args.device)))
 
     def sparsity(self) -> float:
         """Return the expected sparsity of the step's masks."""
@@ -213,7 +188,7 @@ class ProgressiveTrainer(NutePruneTrainer):
     def manner(self) -> str:
         """Return a line that describes the training, printed before it begins."""
         teacher = "dense" if self.args.teacher == "snapshots" else self.args.teacher
-        teacher = "snapshots" if self.plan.has_snapshots else teacher
+        teacher = "snapshots" if self.schedule.has_snapshots else teacher
         return f"masks freeze at step {self.schedule.freeze_step}; teacher: {teacher}; "
 
     def note(self, logs: Mapping[str, Any]) -> str:
@@ -232,18 +207,24 @@ class ProgressiveTrainer(NutePruneTrainer):
             "masks": self.gates.snapshot().values,
         }
         teachers = {"teachers": self.teachers.sparsities, "sums": self.teachers.sums}
-        notes = {"frozen": self.gates.frozen, "bad_steps": self._bad_steps(), **teachers}
+        notes = {"frozen": self.gates.frozen, "bad_steps": self.bad_steps.read(), **teachers}
         return RunState(tensors, notes)
 
     def take_state(self, state: RunState) -> None:
         """Restore LoRA, masks, gates, teachers and scores of an earlier state."""
         self._step = -1
         self.ready.bank.load(state.lora)
-        restore(self.gates.state_dict(), state.tensors["gates"], "gates")
+        try:
+            self.gates.load_state_dict(state.tensors["gates"])
+        except RuntimeError as error:
+            raise UserError(
+                "cannot resume: the checkpoint's gates are not those of this model and these "
+                "settings; resume with the run's own settings, or start anew with --overwrite"
+            ) from error
         if state.notes["frozen"]:
             self.gates.restore_masks(Masks(self.ready.layout, state.tensors["masks"]))
         self.teachers.restore(state.notes["teachers"], state.notes["sums"])
-        self.bad_steps.restore(*state.notes["bad_steps"])
+        self.bad_steps.restore(state.notes["bad_steps"])
         self._has_scores = True
 
     def settle(self) -> None:
@@ -253,9 +234,29 @@ class ProgressiveTrainer(NutePruneTrainer):
             self.freeze()
 
     def final_masks(self) -> Masks:
-        """Return the masks that the model is cut by."""
+        """Return the masks of the moment, by which the model is cut in the end."""
         return self.gates.snapshot()
 
     def teachers_met(self) -> list[float]:
         """Return the sparsities of the teachers used so far."""
         return self.teachers.sparsities
+
+
+TRAINER = ProgressiveTrainer
+
+
+def pipeline(run: Run) -> dict[Path, Record]:
+    """Make a smaller checkpoint for each of a run's goals; see `nuteprune.pipeline`.
+
+    Gates start from scores or all alike. `ProgressiveTrainer` chooses and refits on the way.
+    """
+    run.write()
+    dense = run.judge_dense()
+    records = {}
+    for goal in run.each_goal():
+        trainer = run.teach(goal)
+        if is_main():
+            sliced = run.slice(trainer, goal)
+            judged = run.judge(sliced, dense)
+            folder, records[folder] = run.save(trainer, judged)
+    return records

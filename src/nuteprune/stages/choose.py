@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nuteprune.gates.allocate import Scores
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Masks
+from nuteprune.gates.scores import Scores
 from nuteprune.stages.prunable import Prunable
 
 

@@ -49,8 +49,7 @@ def judge(
     found = perplexities(model, held_out, batch_size=JUDGED)
     if not all(map(math.isfinite, found.values())):
         raise RunFailed(
-            f"the perplexity of {name} is not finite ({found}); use --dtype float32, or a "
-            "lower learning rate"
+            f"the perplexity of {name} is not finite ({found}); use --dtype float32 or a lower rate"
         )
     copied = copying(model, tokenizer)
     progress(title, 1, 1)

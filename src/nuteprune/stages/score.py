@@ -10,16 +10,14 @@ Shape suffixes: N blocks, T tokens of a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nuteprune.console import Progress, counted, silent
+from nuteprune.gates import METHOD
 from nuteprune.gates.importance import METHODS
-from nuteprune.gates.method_names import METHOD
 from nuteprune.gates.scores import Probe, Scores, check_finite
 from nuteprune.stages.choose import choose
 from nuteprune.stages.prunable import Prunable
@@ -118,20 +116,12 @@ def _score_once(
 
     aim = cut_by if target else None
     probe = Probe(anatomy, model.hooks, budget, kinds, batches, plain, seed, tick, aim, model.team)
-    with _frozen_parameters(anatomy.model):
-        scores = chosen.score(probe)
-    check_finite(scores.values(), method)
-    return {kind: value.float().cpu() for kind, value in scores.items()}
-
-
-@contextmanager
-def _frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Take gradients of activations alone for a while."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    trained = [p for p in anatomy.model.parameters() if p.requires_grad]
+    anatomy.model.requires_grad_(False)  # gradients of activations alone are taken
     try:
-        yield
+        scores = chosen.score(probe)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+    check_finite(scores.values(), method)
+    return {kind: value.float().cpu() for kind, value in scores.items()}

@@ -153,37 +153,23 @@ def all_asked(kind: str, given: Any) -> tuple[Asked, ...]:
 
     Args:
         kind: one of `KINDS`.
-        given: as for `several`; a text, or the last of a list, may end with `@` and its condition.
+        given: a number, text such as `100M` or `120M,100M`, or a list of these; the last may end
+            with `@` and its condition.
 
     Raises:
-        UserError: if the value is wrong, or lacks the `@` that it needs.
+        UserError: if a value is wrong or lacks the `@` that it needs, or models do not become
+            smaller.
     """
-    read, about = KINDS[kind].at, {}
+    read, about, parts = KINDS[kind].at, {}, list(_each(given))
     if read is not None:
-        listed = isinstance(given, list | tuple)
-        *before, last = given if listed and given else [given]
-        last, _, where = str(last).partition("@")
+        parts[-1], _, where = str(parts[-1]).partition("@")
         about = read(where)
-        given = [*before, last] if listed else last
-    return tuple(Asked(kind, value, about) for value in several(kind, given))
-
-
-def several(kind: str, given: Any) -> tuple[float, ...]:
-    """Return the values that are given for a kind of target, the largest model first.
-
-    Args:
-        kind: one of `KINDS`.
-        given: a number, text such as `100M` or `120M,100M`, or a list of these.
-
-    Raises:
-        UserError: if a value is wrong, or models do not become smaller.
-    """
-    values = tuple(value_of(kind, x) for x in _each(given))
-    sizes = values if KINDS[kind].whole else [-x for x in values]  # the faster, the smaller
+    found = tuple(Asked(kind, value_of(kind, x), about) for x in parts)
+    sizes = [x.value if KINDS[kind].whole else -x.value for x in found]  # the faster, the smaller
     if any(a <= b for a, b in pairwise(sizes)):
-        told = ", ".join(spelled(kind, x) for x in values)
+        told = ", ".join(x.text for x in found)
         raise UserError(f"{kind} is {told}; of several the largest model comes first")
-    return values
+    return found
 
 
 def _each(given: Any) -> Any:
@@ -204,22 +190,20 @@ def value_of(kind: str, given: Any, name: str = "") -> float:
     Raises:
         UserError: for what is no such value.
     """
-    how, name = KINDS[kind], name or kind
-    units = [unit for unit in how.units if unit]
-    wanted = (
-        f"write a number above {how.above} with {', '.join(units)} or no unit, such as {how.such}"
-    )
+    how = KINDS[kind]
     if isinstance(given, int | float) and not isinstance(given, bool):
         given = format(Decimal(str(given)), "f") if math.isfinite(given) else str(given)
     match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
     sizes = {unit.lower(): size for unit, size in how.units.items()}
-    if match is None or match[2].lower() not in sizes or len(match[1]) > 30:
-        raise UserError(f"{name} is {str(given)[:60]!r}; {wanted}")
-    exact = Decimal(match[1]) * sizes[match[2].lower()]
-    value = int(exact) if how.whole else float(exact)
-    if not how.above < value < 10**18:
-        raise UserError(f"{name} is {str(given)[:60]!r}; {wanted}")
-    return value
+    if match is not None and match[2].lower() in sizes and len(match[1]) <= 30:
+        exact = Decimal(match[1]) * sizes[match[2].lower()]
+        value = int(exact) if how.whole else float(exact)
+        if how.above < value < 10**18:
+            return value
+    raise UserError(
+        f"{name or kind} is {str(given)[:60]!r}; write a number above {how.above} with "
+        f"{', '.join(filter(None, how.units))} or no unit, such as {how.such}"
+    )
 
 
 def check_one(given: Mapping[str, Any], settings: Iterable[str]) -> None:

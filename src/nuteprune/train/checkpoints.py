@@ -37,7 +37,7 @@ from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN, SETTINGS
 from nuteprune.train.config import RunArguments
 from nuteprune.train.publish import PushesCheckpoint
-from nuteprune.train.run_settings import check_same, run_settings
+from nuteprune.train.settings import check_same, run_settings
 from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
 
 PARTIAL = ".partial"
@@ -146,10 +146,11 @@ class AtomicTrainer(PushesCheckpoint):
                 raise UserError(
                     f"{checkpoint} is of a run in another folder: set output_dir to {home}"
                 )
-            also: tuple[str, ...] = ("max_steps",) if self.args.STAGED else ()
+            now = self.settings()
+            also = ["max_steps"] if now.get("progressive") else []
             if self.args.max_steps <= 0:  # passes over the text are counted in steps of this size
-                also = ("sequences_per_step",)
-            check_same(run, self.settings(), type(self.args), also=also)
+                also = ["sequences_per_step"]
+            check_same(run, now, type(self.args), also=also)
             state = trainer_state(Path(checkpoint))
             if self.args.should_save:
                 self._remove_old()  # a kill may have come between
@@ -225,14 +226,12 @@ class AtomicTrainer(PushesCheckpoint):
         if "loss" in logs:
             logs |= self.figures()
             if self.args.should_save:
-                self._write_metrics({"step": self.state.global_step, **logs})
+                line = to_json({"step": self.state.global_step, **logs}) + "\n"
+                with writing(self.metrics_file, self._how_to_go_on()):
+                    self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+                    with self.metrics_file.open("a", encoding="utf-8") as file:
+                        file.write(line)
         super().log(logs, start_time)
-
-    def _write_metrics(self, line: Mapping[str, Any]) -> None:
-        with writing(self.metrics_file, self._how_to_go_on()):
-            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(to_json(line) + "\n")
 
     def _how_to_go_on(self) -> str:
         last = last_checkpoint(self.run_folder)
@@ -257,34 +256,31 @@ class AtomicTrainer(PushesCheckpoint):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and move it there when it is complete."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with writing(self.run_folder / name, self._how_to_go_on()):
-            self._write_checkpoint(name, model, trial)
-
-    def _write_checkpoint(self, name: str, model: nn.Module, trial: Any) -> None:
         run, partial = self.run_folder, self.run_folder / PARTIAL
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # each process adds its own random state
-        self._checkpoint_dir = partial
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._checkpoint_dir = None
-        if self.state.best_model_checkpoint is not None:  # a folder that will not be there
-            self.state.best_model_checkpoint = None
+        with writing(run / name, self._how_to_go_on()):
             if self.args.should_save:
-                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_sums(partial / name)
-            sync_tree(partial)
-            if self.metrics_file.exists():  # its lines up to this step as well
-                sync(self.metrics_file)
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(partial / name, run / name)
-            sync(run)
-            self._remove_old()
-        self.accelerator.wait_for_everyone()
+                shutil.rmtree(partial, ignore_errors=True)
+            self.accelerator.wait_for_everyone()  # each process adds its own random state
+            self._checkpoint_dir = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._checkpoint_dir = None
+            if self.state.best_model_checkpoint is not None:  # a folder that will not be there
+                self.state.best_model_checkpoint = None
+                if self.args.should_save:
+                    self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_sums(partial / name)
+                sync_tree(partial)
+                if self.metrics_file.exists():  # its lines up to this step as well
+                    sync(self.metrics_file)
+                shutil.rmtree(run / name, ignore_errors=True)
+                os.replace(partial / name, run / name)
+                sync(run)
+                self._remove_old()
+            self.accelerator.wait_for_everyone()
 
     def _remove_old(self) -> None:
         """Remove checkpoints beyond `save_total_limit`, each at once, and what a kill left."""

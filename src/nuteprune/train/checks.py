@@ -32,8 +32,18 @@ UNSUPPORTED_HERE = {
     "auto_find_batch_size": "would begin anew in the middle: pass a smaller batch",
     "fp16": "with loss scaling is not supported: use bf16, or load the model in the dtype to "
     "compute in (--dtype)",
+    "bf16_full_eval": "would round the model: leave it out",
+    "fp16_full_eval": "would round the model: leave it out",
 }
 """The same of runs that prune."""
+UNSUPPORTED_ARGUMENTS = {
+    "optimizers": "would not have what is trained, since LoRA is added here: use the settings "
+    "optim and lr_scheduler_type, or optimizer_cls_and_kwargs",
+    "compute_loss_func": "is not called: the losses are those of objective",
+    "compute_metrics": "needs logits, which are never held: leave it out; eval_loss, the "
+    "language-model loss, is there",
+}
+"""The same of the arguments of `transformers.Trainer`."""
 
 
 def check_given(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
@@ -44,8 +54,7 @@ def check_given(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError(
-            "the model has adapters already, of its own or of a run before: load it anew, and "
-            "merge adapters that are to stay (merge_and_unload)"
+            "the model has adapters already: load it anew, or merge_and_unload() those that stay"
         )
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
@@ -53,18 +62,8 @@ def check_given(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
             f"the model's weights are spread over {', '.join(sorted(map(str, places)))}: load it "
             "without device_map, and use the settings sharded or offload"
         )
-    if any(kwargs.get("optimizers") or ()):
-        raise UserError(
-            "optimizers would not have what is trained, since LoRA is added here: use the settings "
-            "optim and lr_scheduler_type, or optimizer_cls_and_kwargs"
-        )
-    if kwargs.get("compute_loss_func"):
-        raise UserError("compute_loss_func is not called: the losses are those of objective")
-    if kwargs.get("compute_metrics"):
-        raise UserError(
-            "compute_metrics needs logits, which are never held: leave it out; eval_loss, the "
-            "language-model loss, is there"
-        )
+    given = {**kwargs, "optimizers": any(kwargs.get("optimizers") or ())}
+    _refuse(given, UNSUPPORTED_ARGUMENTS)
 
 
 def check_whole(args: TrainingArguments) -> None:
@@ -94,19 +93,12 @@ def check_placement(args: NutePruneConfig, packed: bool) -> None:
     if args.offload and packed:
         raise UserError("weights in 8 or 4 bits cannot be offloaded: leave out --bits or --offload")
     if args.offload and (args.sharded or args.world_size > 1):
-        raise UserError(
-            "offload is for one process, and several share weights out by sharded: leave out one "
-            "of the two"
-        )
+        raise UserError("offload is for one process, sharded for several: leave out one of the two")
     if args.offload and args.bf16:
-        raise UserError(
-            "bf16 casts weights, and the casts would wait for the backward pass on the device: "
-            "with offload use --dtype bfloat16 instead"
-        )
+        raise UserError("bf16 keeps casts on the device: with offload use --dtype bfloat16 instead")
     if args.sharded and args.world_size < 2:
         raise UserError(
-            "sharded shares weights out over several processes: start them with torchrun or "
-            "accelerate launch, or leave it out"
+            "sharded is for several processes: start them with torchrun, or leave it out"
         )
     if args.sharded and packed:
         raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
@@ -154,7 +146,7 @@ def check_trainer_settings(args: TrainingArguments) -> None:
     Raises:
         UserError: naming the setting.
     """
-    _refuse(args, UNSUPPORTED)
+    _refuse(vars(args), UNSUPPORTED)
     if args.n_gpu > 1:
         args._n_gpu = 1
 
@@ -170,12 +162,10 @@ def check_combinations(args: NutePruneConfig) -> None:
     """
     if args.num_train_epochs != TrainingArguments.num_train_epochs:
         raise UserError("num_train_epochs is not counted by: pass max_steps")
-    if args.bf16_full_eval or args.fp16_full_eval:
-        raise UserError("full evaluation in half precision would round the model: leave it out")
-    _refuse(args, UNSUPPORTED_HERE)
+    _refuse(vars(args), UNSUPPORTED_HERE)
 
 
-def _refuse(args: TrainingArguments, unsupported: Mapping[str, str]) -> None:
+def _refuse(given: Mapping[str, Any], unsupported: Mapping[str, str]) -> None:
     for name, why in unsupported.items():
-        if value := getattr(args, name):
+        if value := given.get(name):
             raise UserError(f"{name} {why.format(value=value)}")

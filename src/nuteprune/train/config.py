@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
 
-from nuteprune.distill.objective import RELATIVE, TEXT, Objective
+from nuteprune.distill.coforward import RELATIVE, TEXT, Objective
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.train.checks import check_combinations, check_trainer_settings
@@ -33,8 +33,6 @@ class RunArguments(TrainingArguments):
 
     FOLLOWING: ClassVar[Mapping[str, Any]] = {}
     """Settings that are left open -> what follows from the others: on no record."""
-    STAGED: ClassVar[bool] = False
-    """Whether what a step is to do depends on how many steps there are in all."""
 
     def __post_init__(self) -> None:
         """Check what was given.
@@ -170,8 +168,9 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
 
     @property
     def tried(self) -> bool:
-        """Whether a cut can be tried before the first step: whole weights are refitted."""
-        return self.refit
+        """Whether cuts are tried between rounds of scoring, if the model allows it."""
+        # With a refit, and masks that are chosen before the first step.
+        return self.refit and not self.progressive and METHODS[self.method].reads > 0
 
     @property
     def calibrated_blocks(self) -> int:

@@ -40,10 +40,9 @@ class Cut:
         text: Any,
         products: Products,
         progress: Progress,
-        folder_of: Callable[[Target], Path | None] | None = None,
+        folder_of: Callable[[Target], Path | None] = lambda _: None,
     ) -> None:
-        self.model, self.args, self.products = model, args, products
-        self._folder_of = folder_of or (lambda _: products.folder)
+        self.model, self.args, self.products, self._folder_of = model, args, products, folder_of
         self._blocks_NT = calibration_blocks(text, args.calibrated_blocks)
         products.depends("text", calibration=digest({"blocks": self._blocks_NT}))
         self._refit_NT = self._blocks_NT[: args.refit_blocks]
@@ -52,16 +51,11 @@ class Cut:
             "progress": progress,
         }
 
-    @property
-    def tries_cuts(self) -> bool:
-        """Whether a cut is tried before it is made, in rounds of scoring."""
-        return self.args.tried and self.model.can_try_cuts
-
     def score(self) -> Scores:
         """Return the score of each unit."""
         args, model = self.args, self.model
         blocks_NT = self._blocks_NT[: args.scored_blocks]
-        rounds = METHODS[args.method].reads > 0 and self.tries_cuts
+        rounds = args.tried and model.can_try_cuts
         target = model.goals[-1].sparsity
 
         return self.products.keep(

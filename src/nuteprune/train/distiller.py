@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 
 from nuteprune.distill.coforward import DENSE, Role
 from nuteprune.distill.losses import Head, amplified, batch_counts
-from nuteprune.distill.objective import text_loss
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Masks
 from nuteprune.simulated import has_data
@@ -38,23 +37,16 @@ class BadSteps:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._total = torch.zeros((), dtype=torch.long, device=device)
-        self._in_row = torch.zeros((), dtype=torch.long, device=device)
+        self._counts_2 = torch.zeros(2, dtype=torch.long, device=device)
 
-    @property
-    def total(self) -> int:
-        """Bad steps so far."""
-        return int(self._total)
+    def read(self) -> list[int]:
+        """Return bad steps so far, and those since the last good one."""
+        counts: list[int] = self._counts_2.cpu().tolist()
+        return counts
 
-    @property
-    def in_row(self) -> int:
-        """Bad steps since the last good one."""
-        return int(self._in_row)
-
-    def restore(self, total: int, in_row: int) -> None:
+    def restore(self, counts: list[int]) -> None:
         """Go back to the counts that a checkpoint knew."""
-        self._total.fill_(total)
-        self._in_row.fill_(in_row)
+        self._counts_2.copy_(torch.tensor(counts))
 
     def drop(self, norm: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         """Count a step by the norm of its gradients, and set them to 0 if it is not finite.
@@ -66,8 +58,8 @@ class BadSteps:
             parameters: those whose gradients are dropped.
         """
         bad = ~torch.isfinite(norm)
-        self._total += bad
-        self._in_row = (self._in_row + 1) * bad
+        self._counts_2 += bad
+        self._counts_2[1] *= bad
         for parameter in parameters:
             assert parameter.grad is not None
             parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
@@ -82,9 +74,10 @@ class BadSteps:
         Raises:
             RunFailed: after `MOST_IN_ROW` steps in a row.
         """
-        if self.in_row >= MOST_IN_ROW:
+        _, in_row = self.read()
+        if in_row >= MOST_IN_ROW:
             raise RunFailed(
-                f"the loss or its gradients were not finite in {self.in_row} steps in a row, up to "
+                f"the loss or its gradients were not finite in {in_row} steps in a row, up to "
                 f"step {step}; lower learning_rate (now {learning_rate}), or use --dtype float32"
             )
 
@@ -233,25 +226,11 @@ class Distiller(AtomicTrainer):
         self.bad_steps.drop(total, trained)
         return norm
 
-    @torch.no_grad()
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, None, None]:
-        """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
-        inputs = self._prepare_inputs(inputs)
-        with self.as_pruned():
-            passage = self.coforward.run(model, inputs, teacher=None)
-        return text_loss(passage, Head.of(self.anatomy), inputs), None, None
-
-    def as_pruned(self) -> AbstractContextManager[None]:
-        """Return a context in which `model` uses the current masks; outside of it, none."""
-        return self.coforward.student(self.masks)
-
     # -- what is logged, and what checkpoints hold
 
     def figures(self) -> dict[str, float]:
         """Return the method's figures for a step's line in the logs."""
-        return {"sparsity": self.sparsity(), "bad_steps": self.bad_steps.total}
+        return {"sparsity": self.sparsity(), "bad_steps": self.bad_steps.read()[0]}
 
     def manner(self) -> str:
         """Return a line that describes the training, printed before it begins."""
@@ -275,15 +254,12 @@ class Distiller(AtomicTrainer):
 
     def run_state(self) -> RunState:
         """Return the trained weights; masks and refitted weights are products of the run."""
-        return RunState({"lora": self.ready.bank.lora()}, {"bad_steps": self._bad_steps()})
-
-    def _bad_steps(self) -> list[int]:
-        return [self.bad_steps.total, self.bad_steps.in_row]
+        return RunState({"lora": self.ready.bank.lora()}, {"bad_steps": self.bad_steps.read()})
 
     def take_state(self, state: RunState) -> None:
         """Go back to a state that `run_state` returned."""
         self.ready.bank.load_lora(state.lora)
-        self.bad_steps.restore(*state.notes["bad_steps"])
+        self.bad_steps.restore(state.notes["bad_steps"])
         self._step = -1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,8 +16,7 @@ from nuteprune.model.lora import LoraBank
 from nuteprune.products import read_tensors
 from nuteprune.run_folder import SETTINGS, STATE
 from nuteprune.train.config import NutePruneConfig, RecoverConfig, prune_config
-from nuteprune.train.run_settings import read_settings
-from nuteprune.train.settings import WHAT, declared
+from nuteprune.train.settings import WHAT, declared, read_settings
 from nuteprune.train.setup import make_allocator, with_lora
 from nuteprune.train.state import RunState
 
@@ -65,15 +63,13 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
     dense = Anatomy(model)
     allocator = make_allocator(dense, args) if isinstance(args, NutePruneConfig) else None
     anatomy = Anatomy(with_lora(dense, args))
-    fixed = isinstance(args, NutePruneConfig) and "masks" not in state.tensors
-    has_weights = fixed and cast(NutePruneConfig, args).refit
-    weights = _product(checkpoint, "refit") if has_weights else {}
+    fixed = isinstance(args, NutePruneConfig) and "masks" not in state.tensors and args.refit
+    weights = _product(checkpoint, "refit") if fixed else {}
     try:
         LoraBank(anatomy).load(weights | state.lora)
     except UserError as error:
         raise UserError(
-            f"{checkpoint}: its LoRA weights are not of this model; pass the model that the run "
-            "prunes as --base"
+            f"{checkpoint} is not of this model: pass the one that the run prunes as --base"
         ) from error
     if allocator is None:
         return anatomy.model.eval(), None

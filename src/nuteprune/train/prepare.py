@@ -244,8 +244,6 @@ def prepare(
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
     bank = LoraBank(anatomy, Path(cast(str, args.output_dir)))
-    objective = args.losses
-    distance, normed = objective.layer_distance, objective.as_published
     if args.sharded:
         shard_base(anatomy, args.device)
     leave_out(peft_model)
@@ -258,7 +256,7 @@ def prepare(
         is_sharded=args.sharded,
         origin=origin,
         model=peft_model,
-        coforward=CoForward(anatomy, hooks, bank, distance, normed),
+        coforward=CoForward(anatomy, hooks, bank, args.losses),
         prices=prices,
         goals=goals,
     )

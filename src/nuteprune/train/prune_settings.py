@@ -12,7 +12,7 @@ from math import lcm
 from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.gates.method_names import METHOD, METHOD_NAMES
+from nuteprune.gates import METHOD, METHOD_NAMES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.shape import SUPER_BLOCK
 from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities

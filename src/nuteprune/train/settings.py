@@ -1,19 +1,29 @@
-"""How a setting is declared: name, default, help, choices, bounds and option, all in one place.
+"""How a setting is declared, and how run/settings.json keeps those of a run.
 
-Settings are fields of dataclasses: `train.config` declares those of a run, `jobs.job` those of a
-whole job. Checks, the command line, YAML files, `--set`, records and commands that reproduce a run
-are derived from the declarations.
+A declaration has name, default, help, choices, bounds and option in one place. Settings are fields
+of dataclasses: `train.config` declares those of a run, `jobs.job` those of a whole job. Checks, the
+command line, YAML files, `--set`, records and commands that reproduce a run are derived from the
+declarations. Resuming, reports, records, and `eval` of an unfinished run read run/settings.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
-from typing import Any
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nuteprune.errors import UserError
+from nuteprune.files import to_json
+from nuteprune.run_folder import CHECKPOINT, SETTINGS
+
+if TYPE_CHECKING:
+    from nuteprune.train.config import RunArguments
 
 WHAT, HOW, CALL = "what a run is", "how it is done", "what one call does"
 """Roles of a setting: a run is resumed with the same `WHAT`; the record keeps `HOW` as well."""
@@ -32,6 +42,25 @@ TRAINER_BOUNDS: Mapping[str, tuple[float, float]] = {
     "adam_epsilon": (0, 1),
 }
 """Smallest and largest value of what `transformers.TrainingArguments` declares without any."""
+SCHEMA = 2
+"""Version of the file; 0.1.0 wrote one without."""
+LEARNS = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+)
+"""transformers' settings that decide what is learned; the others only decide how."""
+NOT_KEPT = frozenset(
+    (
+        *("output_dir", "disable_tqdm", "use_cpu", "logging_dir", "report_to", "debug"),
+        *("dataloader_pin_memory", "accelerator_config", "sharded"),
+        "costs",  # a table as a whole: jobs keep the name of its file, and a hash
+        "ddp_find_unused_parameters",  # follows from the type of gates
+        # What newer releases of transformers call gradient_checkpointing too.
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),
+        "hub_token",  # a secret
+    )
+)
+"""Settings that change no result, or that are nobody else's business."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +166,88 @@ def check_declared(settings: Any) -> None:
             raise UserError(
                 f"{name} is {value!r}; it must be one of {', '.join(map(str, x.choices))}"
             )
-    bounds = {name: x.bounds for name, x in ours.items()}
-    for name, limits in {**TRAINER_BOUNDS, **bounds}.items():
+    bounds = {name: x.bounds for name, x in ours.items() if x.bounds is not None}
+    for name, (low, high) in {**TRAINER_BOUNDS, **bounds}.items():
         value = getattr(settings, name, None)
-        if limits is None or value is None:
-            continue
-        low, high = limits
-        if not low <= value <= high:  # nor is it a number if it compares with none
+        if value is not None and not low <= value <= high:  # nor is it a number if it has no order
             limit = f"at most {high:g}" if value > high else f"at least {low:g}"
             raise UserError(f"{name} is {value}; it must be {limit}")
+
+
+def run_settings(args: RunArguments, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run: the declared ones, and others that were set.
+
+    Args:
+        args: the trainer's settings.
+        job: the job's: model, data and so on; empty in a loop of one's own.
+
+    Returns:
+        Name -> value, fit for JSON.
+    """
+    kept = {name for name, x in declared(type(args)).items() if x.role != CALL}
+    kept |= {*LEARNS, *chosen_settings(args)}
+    found = {name: getattr(args, name) for name in sorted(kept)}
+    plain = {k: v.value if isinstance(v, Enum) else v for k, v in {**job, **found}.items()}
+    about = {"schema": SCHEMA, "nuteprune": version("nuteprune")}
+    about["sequences_per_step"] = args.sequences_per_step
+    settings: dict[str, Any] = json.loads(to_json({**about, **plain}))
+    return settings
+
+
+def chosen_settings(args: RunArguments) -> dict[str, Any]:
+    """Return the settings that are not defaults, as far as they are for the record."""
+    found = {}
+    for x in dataclasses.fields(args):
+        default = x.default if x.default_factory is dataclasses.MISSING else x.default_factory()
+        value, usual = getattr(args, x.name), (default, args.FOLLOWING.get(x.name), None)
+        if x.init and x.name not in NOT_KEPT and value not in usual:
+            found[x.name] = value
+    return found
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """Return the settings of a run from its folder.
+
+    Args:
+        run: the folder of its checkpoints.
+
+    Raises:
+        UserError: if that is not there, damaged, or of a release that this one cannot go on with.
+    """
+    path = run / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{run} has no {SETTINGS}, which says what the run is: keep it beside {CHECKPOINT}N"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(settings, dict) or settings.get("schema") != SCHEMA:
+        raise UserError(
+            f"the run in {run} was begun by another release of nuteprune, most likely 0.1.0: "
+            "finish it with that release, or start anew with --overwrite"
+        )
+    return settings
+
+
+def check_same(run: Path, now: Mapping[str, Any], *kinds: type, also: Iterable[str] = ()) -> None:
+    """Refuse to resume a run with other settings than its own.
+
+    Args:
+        run: the folder of its checkpoints.
+        now: `run_settings` of the new command.
+        kinds: the dataclasses that declare its settings; what they do not declare may differ.
+        also: settings that may not differ, though they say how a run goes.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    before = read_settings(run)
+    compared = {k for kind in kinds for k, x in declared(kind).items() if x.role == WHAT}
+    for key in sorted(compared | set(LEARNS) | set(also)):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"the run in {run} was started with {key} {before.get(key)}, not {now.get(key)}: "
+                "resume with its own settings, or start anew with --overwrite"
+            )

@@ -57,8 +57,7 @@ def make_allocator(anatomy: Anatomy, args: NutePruneConfig) -> Allocator:
     kinds = _kinds_here(whole, asked or tuple(filterfalse(refused, usual)))
     if speed and "hidden" in kinds:
         raise UserError(
-            "a speedup is asked for, and a table of costs is of blocks at one width: leave hidden "
-            "out of --gates"
+            "a table of costs is of blocks at one width: for a speedup leave hidden out of --gates"
         )
     if not kinds:
         why = next(filter(None, map(refused, usual)), "the model has none left to cut")

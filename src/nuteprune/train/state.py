@@ -69,21 +69,6 @@ class RunState:
             raise UserError(f"{path} is damaged: {error.__cause__ or error}") from error
 
 
-def restore(current: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copy saved tensors into current ones of the same names and shapes.
-
-    Raises:
-        UserError: if they do not match: the checkpoint is of a run with other settings.
-    """
-    if {k: v.shape for k, v in current.items()} != {k: v.shape for k, v in saved.items()}:
-        raise UserError(
-            f"cannot resume: the checkpoint's {what} are not those of this model and these "
-            "settings; resume with the run's own settings, or start anew with --overwrite"
-        )
-    for name, value in saved.items():
-        current[name].copy_(value)
-
-
 def last_checkpoint(run: Path) -> Path | None:
     """Return the newest trainer checkpoint of a run, None if there is none to resume from.
 

@@ -120,8 +120,7 @@ class Prices:
         if asked.kind == "speedup":
             if self.seconds is None:
                 raise UserError(
-                    f"{asked} needs a table of what blocks cost: pass costs, a file that nuteprune "
-                    "bench MODEL --save-costs FILE writes"
+                    f"{asked} needs costs, which nuteprune bench MODEL --save-costs FILE writes"
                 )
             before = self.seconds.total(self.seconds.budget.shape)
 
@@ -190,8 +189,7 @@ def run_targets(allocator: Allocator, args: NutePruneConfig, prices: Prices) -> 
     for a, b in pairwise(found):
         if a.sparsity >= b.sparsity:
             raise UserError(
-                f"{a.asked} and {b.asked} come to the same model here, at {a.sparsity:.1%} "
-                "sparsity: ask for two that are further apart"
+                f"{a.asked} and {b.asked} come to the same model: ask for two further apart"
             )
     return tuple(found)
 

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import collated
 from nuteprune.data.calibration import check_text
+from nuteprune.distill.coforward import text_loss
+from nuteprune.distill.losses import Head
 from nuteprune.errors import UserError
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
@@ -32,7 +35,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
 from nuteprune.train.distiller import Distiller
 from nuteprune.train.prepare import Prepared, prepare
-from nuteprune.train.run_settings import chosen_settings
+from nuteprune.train.settings import chosen_settings
 from nuteprune.train.targets import Target
 
 
@@ -83,6 +86,7 @@ class NutePruneTrainer(Distiller):
         self.goal, self.weights, self._products = goal or model.goals[-1], weights, products
         self.sliced: Sliced | None = None
         self._progress, self._used_up = progress, False
+        self.add_to(model, args)
         super().__init__(
             model,
             args,
@@ -93,6 +97,9 @@ class NutePruneTrainer(Distiller):
             data_collator=collator,
             **kwargs,
         )
+
+    def add_to(self, ready: Prepared, args: NutePruneConfig) -> None:
+        """Add to the model what a subclass trains beside LoRA, before Trainer looks at it."""
 
     # -- before the first step
 
@@ -111,10 +118,7 @@ class NutePruneTrainer(Distiller):
                 "make a new one from the dense model"
             )
         if self.args.max_steps == 0:
-            raise UserError(
-                "max_steps is 0, so there is nothing to train: call finalize() at once, or set "
-                "max_steps above 0"
-            )
+            raise UserError("max_steps is 0: call finalize() at once, or set max_steps above 0")
         check_text(self.train_dataset)
         self.begin(resumes=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -153,7 +157,17 @@ class NutePruneTrainer(Distiller):
             UserError: if the model is used up.
         """
         self.check_unused()
-        return super().as_pruned()
+        return self.coforward.student(self.final_masks())
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Return the language-model loss of the student as it is now; see `Trainer.evaluate`."""
+        inputs = self._prepare_inputs(inputs)
+        with self.as_pruned():
+            passage = self.coforward.run(model, inputs, teacher=None)
+        return text_loss(passage, Head.of(self.anatomy), inputs), None, None
 
     def settings(self) -> dict[str, Any]:
         """Return the run's settings in their canonical spelling."""
@@ -230,10 +244,11 @@ class NutePruneTrainer(Distiller):
         return self._cut(dense, self.ready.bank.learned())
 
     def _cut(self, base: PreTrainedModel, learned: Learned) -> PreTrainedModel:
-        origin = self.ready.origin
+        origin, masks = self.ready.origin, self.final_masks()
+        assert masks is not None
         self.sliced = slice_model(
             base,
-            self.final_masks(),
+            masks,
             learned,
             computed_dtype=origin.computed_dtype,
             stored_dtype=origin.stored_dtype,
@@ -241,9 +256,8 @@ class NutePruneTrainer(Distiller):
         )
         return self.sliced.model
 
-    def final_masks(self) -> Masks:
-        """Return the masks that the model is cut by."""
-        assert self.masks is not None
+    def final_masks(self) -> Masks | None:
+        """Return the masks of the moment, by which the model is cut in the end."""
         return self.masks
 
     def save_pruned(self, folder: str | os.PathLike[str], **record: Any) -> dict[str, Any]:
@@ -287,7 +301,7 @@ class NutePruneTrainer(Distiller):
             "config": chosen_settings(self.args),
             "shapes": self.args.shapes,
             "teachers": {"count": len(self.teachers_met()), "sparsities": self.teachers_met()},
-            "bad_steps": self.bad_steps.total,
+            "bad_steps": self.bad_steps.read()[0],
             "seed": self.args.seed,
             **self.goal.record(budget.sparsity(shape), ready.prices.cache(shape)),
         }
