@@ -1,1 +1,1 @@
-"""The recipe: write the text, cut by it, slice, judge."""
+"""The recipe, a module for each stage: write, score, choose, refit, slice, judge, save."""
