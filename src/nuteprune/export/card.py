@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from nuteprune.export.figures import answer_rows, context_rows, definitions
+from nuteprune.export.record_form import answer_rows, context_rows, definitions
 from nuteprune.files import at_home
 from nuteprune.gates.budget import share_gone
 from nuteprune.model.shape import SAID
