@@ -13,7 +13,7 @@ from nuteprune.console import Output
 from nuteprune.data.prompts import Prompts, make_prompts
 from nuteprune.data.tokens import bos_of
 from nuteprune.errors import UserError
-from nuteprune.export.record_form import answer_rows, context_rows
+from nuteprune.export.card import answer_rows, context_rows
 from nuteprune.judge.answers import TOKENS, answer_both, entry_of, pick_samples
 from nuteprune.judge.context import SPANS, cut_blocks, judge_context
 

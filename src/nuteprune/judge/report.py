@@ -11,9 +11,8 @@ import jinja2
 import yaml
 
 from nuteprune.data.fingerprint import text_kind
-from nuteprune.export.card import since_dense, with_plots
+from nuteprune.export.card import answer_rows, context_rows, definitions, since_dense, with_plots
 from nuteprune.export.record import perplexities_of
-from nuteprune.export.record_form import answer_rows, context_rows, definitions
 from nuteprune.files import atomic, write_text, writing
 from nuteprune.gates.budget import share_gone
 from nuteprune.judge import plots
