@@ -232,17 +232,20 @@ def keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
 
     Without them it silently takes defaults.
     """
-    return _rope_keys_of_4(config) | _expert_keys_of_4(config)
+    family = family_named(config.model_type)
+    count = family.experts.count_in_4 if family.experts else ""
+    experts = {count: getattr(config, family.config_names["experts"])} if count else {}
+    return _rope_keys_of_4(config, family) | experts
 
 
-def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
+def _rope_keys_of_4(config: PreTrainedConfig, family: Family) -> dict[str, Any]:
     """Return the rope keys of transformers 4."""
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return {}
     # Some types have one set of parameters per kind of attention.
     full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-    names = family_named(config.model_type).rope_names
+    names = family.rope_names
     keys = {name: full[key] for key, name in names.items() if key in full}
     if sliding:
         keys["rope_local_base_freq"] = sliding["rope_theta"]
@@ -253,10 +256,3 @@ def _rope_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
         factors = {key: full[key] for key in ("short_factor", "long_factor")}
         return keys | {"rope_scaling": {"type": "longrope", **factors}}
     return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}
-
-
-def _expert_keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return how many experts there are, by the name that transformers 4 has for it."""
-    family = family_named(config.model_type)
-    name = family.experts.count_in_4 if family.experts else ""
-    return {name: getattr(config, family.config_names["experts"])} if name else {}
