@@ -68,9 +68,9 @@ def cut_model(anatomy: Anatomy, kept: Sequence[int]) -> PreTrainedModel:
         name: p.detach()[rows].clone() if id(p) in cut else p.detach()
         for name, p in stored_tensors(model).items()
     }
-    values = renumber(model.config.to_dict(), new) | {"vocab_size": len(kept)}
+    values = renumber(model.config.to_dict(), new.get) | {"vocab_size": len(kept)}
     small = build(type(model.config).from_dict(values), state)
-    settings = renumber(model.generation_config.to_dict(), new)
+    settings = renumber(model.generation_config.to_dict(), new.get)
     small.generation_config = GenerationConfig.from_dict(settings)
     return small
 
