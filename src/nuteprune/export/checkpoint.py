@@ -118,13 +118,15 @@ def save(
         model: what `build` or `load_pruned` returned.
         folder: where to; absent, empty, or with nothing but `run/` and hidden files in it.
         tokenizer: the tokenizer to save along.
-        around: the source of a processor's files, for a model of several modalities.
+        around: the other parts of the model's checkpoint, which go around it; None: none.
         max_shard_size: size at which the weights are split into several files, such as "20KB".
 
     Raises:
         UserError: if the folder holds other files or nothing can be written there.
         RunFailed: if writing went wrong on the way, as where the disk is full.
     """
+    if around is not None:
+        model = around.put(model)
     folder = Path(folder)
     partial = folder / PARTIAL  # beside it might be another file system
     with writing(folder, "make room and do the same again; for a run, with --resume"):

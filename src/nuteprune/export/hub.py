@@ -106,7 +106,7 @@ def check_inside(source: str, **where: Any) -> None:
                 "copy that file into the folder if you trust it"
             )
     for index in folder.glob("*.index.json"):
-        for name in _named_in(index):
+        for name in files_in(index):
             if name in ("", ".", "..") or "/" in name or "\\" in name:
                 raise UserError(
                     f"{index} names {name!r}, which is no file of the model's folder; its weights "
@@ -114,10 +114,10 @@ def check_inside(source: str, **where: Any) -> None:
                 )
 
 
-def _named_in(index: Path) -> set[str]:
-    """Return the files in an index of weights; none if it is damaged, which is reported later."""
+def files_in(index: Path) -> set[str]:
+    """Return the files that an index of weights names; none if it is not there or damaged."""
     try:
         names = json.loads(index.read_bytes())["weight_map"].values()
         return {str(x) for x in names}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # what loads it says so
         return set()

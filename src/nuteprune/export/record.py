@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from nuteprune.errors import UserError
 from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
+from nuteprune.export.hub import files_in
 from nuteprune.export.loading import FAMILY, is_projection
 from nuteprune.files import to_json, write_text
 from nuteprune.gates.budget import share_gone
@@ -70,15 +71,14 @@ def write_pruned(
     Returns:
         The record as it was written.
     """
-    params, whole = {**params}, model
-    if around is not None:
-        whole, outside = around.put(model)
-        params["before"] += outside
-        rest["wrapper"] = around.wrapper.conditional
-    save(whole, folder, tokenizer, around)
+    save(model, folder, tokenizer, around)
     counted = recount(folder)
-    params["after"] = counted["total"]
+    params = {**params, "after": counted["total"]}
     params["blocks_after"] = blocks_recount(counted["tensors"], model.config.model_type)
+    if around is not None:
+        own = of_language_model(counted["tensors"])
+        params["before"] += counted["total"] - sum(map(math.prod, own.values()))
+        rest["wrapper"] = around.wrapper.conditional
     if "license" not in rest:
         rest |= inherited_licence(rest.get("base_model"))
     if family := brought_along(model.config.model_type):
@@ -105,7 +105,7 @@ def write_pruned(
             **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
         },
     }
-    return _write_texts(folder, whole, full)
+    return _write_texts(folder, model, full)
 
 
 def write_again(
@@ -127,9 +127,8 @@ def write_again(
     Returns:
         The record as it was written; sizes are those of the written files.
     """
-    whole = model if around is None else around.put(model)[0]
-    save(whole, folder, tokenizer, around)
-    return _write_texts(folder, whole, {**record, "bytes_on_disk": weights_size(folder)})
+    save(model, folder, tokenizer, around)
+    return _write_texts(folder, model, {**record, "bytes_on_disk": weights_size(folder)})
 
 
 def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,11 +157,8 @@ def origin_of(name: str | None, earlier: Mapping[str, Any] | None) -> dict[str, 
 
 def weights_size(folder: Path) -> int:
     """Return the bytes of a checkpoint's weight files, those that transformers would load."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
     whole = folder / SAFE_WEIGHTS_NAME
-    if whole.is_file() or not index.is_file():
-        return whole.stat().st_size if whole.is_file() else 0
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    names = {whole.name} if whole.is_file() else files_in(folder / SAFE_WEIGHTS_INDEX_NAME)
     return sum((folder / name).stat().st_size for name in names)
 
 
