@@ -209,15 +209,20 @@ Form = Leaf | Mapping[str, Any] | list[Any]
 """A value, an object by key (`?` ends one that may be missing), or a list of one form."""
 
 
-def _all(value: Any, leaf: Leaf) -> bool:
-    return isinstance(value, list) and all(map(leaf.fits, value))
+def several(named: str, form: Form) -> Leaf:
+    """Return what a list is, which may be empty, whose values are of one form."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and not any(unlike(x, form, "") for x in value)
+
+    return Leaf(f"a list of {named}", fits)
 
 
 def _each(named: str, form: Form) -> Leaf:
     """Return what an object is whose keys are anything, and whose values are of one form."""
 
     def fits(value: Any) -> bool:
-        return isinstance(value, dict) and not any(_misfit(x, form, "") for x in value.values())
+        return isinstance(value, dict) and not any(unlike(x, form, "") for x in value.values())
 
     return Leaf(f"an object of {named}", fits)
 
@@ -231,11 +236,11 @@ COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
 SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
 ABOVE_0 = Leaf("a number above 0", lambda x: type(x) in (int, float) and x > 0)
 TEXT = Leaf("text", lambda x: isinstance(x, str))
-TEXTS = Leaf("text or a list of texts", lambda x: TEXT.fits(x) or _all(x, TEXT))
+TEXTS = Leaf("text or a list of texts", lambda x: TEXT.fits(x) or several("texts", TEXT).fits(x))
 KINDS = _each("texts", TEXT)
 FIGURES = _each("numbers above 0", _or_null(ABOVE_0))
 HASHES = Leaf("hexadecimal digits", lambda x: TEXT.fits(x) and not x.strip("0123456789abcdef"))
-NUMBERS = Leaf("a list of numbers", lambda x: _all(x, NUMBER))
+NUMBERS = several("numbers", NUMBER)
 _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
 _LAYER = dict.fromkeys(("heads", "kv_heads", "neurons", "experts?", "expert_neurons?"), COUNT)
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
@@ -295,7 +300,7 @@ FORM["history?"] = [FORM]
 
 def _damage(record: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a record, None if it can be read."""
-    if found := _misfit(record, FORM, ""):
+    if found := unlike(record, FORM, ""):
         return found
     for one in (record, *record.get("history", ())):
         before, after = len(one["layers_before"]), len(one["layers"])
@@ -304,9 +309,10 @@ def _damage(record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _misfit(value: Any, form: Form, where: str) -> str | None:
+def unlike(value: Any, form: Form, where: str) -> str | None:
+    """Return what is wrong with a value that should have a form; None: nothing."""
     if isinstance(form, Leaf):
-        return None if form.fits(value) else f"{where} is not {form.named}"
+        return None if form.fits(value) else f"{where or 'it'} is not {form.named}"
     if isinstance(form, list):
         if not isinstance(value, list) or not value:
             return f"{where} is not a list, or an empty one"
@@ -321,4 +327,4 @@ def _misfit(value: Any, form: Form, where: str) -> str | None:
                 return f"it lacks {prefix}{name}"
             if name in value:
                 parts.append((value[name], inner, prefix + name))
-    return next((found for part in parts if (found := _misfit(*part))), None)
+    return next((found for part in parts if (found := unlike(*part))), None)
