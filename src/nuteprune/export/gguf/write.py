@@ -35,7 +35,7 @@ from nuteprune.model.packed import refuse_packed
 Q = GGMLQuantizationType
 
 
-FILE_TYPES = {name: Q[name.upper()] for name in ("f16", "bf16", "q8_0", "q4_0", "f32")}
+FILE_TYPES = {x: GGMLQuantizationType[x.upper()] for x in ("f16", "bf16", "q8_0", "q4_0", "f32")}
 """What `--type` takes -> how matrices are stored. Vectors and norms are always float32, as
 llama.cpp wants them."""
 _QUANTIZED = (Q.Q8_0, Q.Q4_0)
