@@ -6,22 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nuteprune.data.blocks import training_blocks
-    from nuteprune.data.calibration import calibration_blocks
-    from nuteprune.errors import RunFailed, UserError
-    from nuteprune.export.loading import load_pruned
-    from nuteprune.jobs.prune import prune
-    from nuteprune.jobs.recover import recover
-    from nuteprune.jobs.vocab import vocab
-    from nuteprune.stages.choose import choose
-    from nuteprune.stages.judge import judge
-    from nuteprune.stages.refit import refit
-    from nuteprune.stages.score import score
-    from nuteprune.stages.slice import slice_model
-    from nuteprune.stages.write import write
-    from nuteprune.train.config import NutePruneConfig
-    from nuteprune.train.prepare import prepare
-    from nuteprune.train.trainer import NutePruneTrainer
+    from nuteprune.data.blocks import training_blocks as training_blocks
+    from nuteprune.data.calibration import calibration_blocks as calibration_blocks
+    from nuteprune.errors import RunFailed as RunFailed
+    from nuteprune.errors import UserError as UserError
+    from nuteprune.export.loading import load_pruned as load_pruned
+    from nuteprune.jobs.prune import prune as prune
+    from nuteprune.jobs.recover import recover as recover
+    from nuteprune.jobs.vocab import vocab as vocab
+    from nuteprune.stages.choose import choose as choose
+    from nuteprune.stages.judge import judge as judge
+    from nuteprune.stages.refit import refit as refit
+    from nuteprune.stages.score import score as score
+    from nuteprune.stages.slice import slice_model as slice_model
+    from nuteprune.stages.write import write as write
+    from nuteprune.train.config import NutePruneConfig as NutePruneConfig
+    from nuteprune.train.prepare import prepare as prepare
+    from nuteprune.train.trainer import NutePruneTrainer as NutePruneTrainer
+
 
 _HOMES = {
     **{x: f"stages.{x}" for x in ("choose", "judge", "refit", "score", "write")},
@@ -38,25 +40,7 @@ _HOMES = {
 }
 """Public name -> the module that has it: jobs, the stages of a run, and the class for a loop."""
 
-__all__ = [
-    "NutePruneConfig",
-    "NutePruneTrainer",
-    "RunFailed",
-    "UserError",
-    "calibration_blocks",
-    "choose",
-    "judge",
-    "load_pruned",
-    "prepare",
-    "prune",
-    "recover",
-    "refit",
-    "score",
-    "slice_model",
-    "training_blocks",
-    "vocab",
-    "write",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -92,8 +92,6 @@ def follow_umask(path: Path) -> None:
 
     safetensors makes its files for their owner alone, and copies keep those of the package.
     """
-    if os.name == "nt":
-        return
     probe = (path if path.is_dir() else path.parent) / f".{path.name}.{rank()}.probe"
     # Nothing but a new file shows what the umask, or the folder's access list, makes of them.
     try:
@@ -133,8 +131,6 @@ def sync(path: Path) -> None:
     Some file systems, network ones among them, cannot wait for a folder. Then its entries are on
     the disk when the system puts them there.
     """
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

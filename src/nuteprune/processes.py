@@ -165,12 +165,9 @@ def share(found: dict[str, Tensor] | None, values: bool = True) -> dict[str, Ten
     form = {k: (tuple(v.shape), v.dtype) for k, v in found.items()} if found is not None else None
     if (forms := main_ones(form)) is None:
         return None
-    if is_main():
-        here = found
-    else:
+    if found is None:  # this is not the main process
         where = None if values else "meta"
-        here = {k: torch.empty(s, dtype=d, device=where) for k, (s, d) in forms.items()}
-    assert here is not None
+        found = {k: torch.empty(s, dtype=d, device=where) for k, (s, d) in forms.items()}
     if values:
-        agree(here.values())
-    return here
+        agree(found.values())
+    return found

@@ -84,11 +84,10 @@ class Products:
         """Return a stage's result for JSON; only the main process has it."""
         self.depends(stage, **settings)
         path = self._path(stage, self.folder, "json")
-        if self.resumes and path is not None and path.is_file():
-            kept = _read_json(path)
-            if kept.get("key") == self._key and kept.get("sum") == _sum(kept):
-                self._note(stage, kept["cost"])
-                return kept["value"]
+        kept = _read_json(path) if self.resumes and path is not None else {}
+        if kept.get("key") == self._key and kept.get("sum") == _sum(kept):
+            self._note(stage, kept["cost"])
+            return kept["value"]
         with self.measured(stage):
             made = make()
         if path is not None:
@@ -191,6 +190,6 @@ def _sum(kept: Mapping[str, Any]) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # cut off by a kill: it is made anew
+    except (OSError, ValueError):  # not there, or cut off by a kill: it is made anew
         return {}
     return found if isinstance(found, dict) else {}

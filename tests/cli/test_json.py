@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nuteprune.export.record_form import RECORD
+from nuteprune.export.record import FORM
 from tests.conftest import Run, json_line, json_of
 
 from .conftest import TINY
@@ -210,7 +210,7 @@ def test_what_readers_of_a_record_go_by_is_declared() -> None:
 
     unknown = {
         name
-        for name in names({k: x for k, x in RECORD.items() if k != "history?"})
+        for name in names({k: x for k, x in FORM.items() if k != "history?"})
         if not any(key == name or key.startswith((f"{name}.", f"{name}[")) for key in known)
     }
     assert unknown == set()

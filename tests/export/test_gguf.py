@@ -22,7 +22,7 @@ from nuteprune.export.checkpoint import assemble
 from nuteprune.export.gguf import write as export
 from nuteprune.export.gguf.architectures import ARCHITECTURES
 from nuteprune.export.gguf.rows import BLOCK, check_super_blocks, padded_shape, torn_rows
-from nuteprune.export.gguf.splits import PROBES, SPLITS, find_split
+from nuteprune.export.gguf.splits import IGNORE_MERGES, PROBES, SPLITS, find_split
 from nuteprune.export.gguf.tokenizer import KEY, check_vocabulary, name_that_strips
 from nuteprune.export.gguf.tokenizer import read_vocabulary as read
 from nuteprune.export.gguf.write import read_keys, write_gguf
@@ -821,8 +821,8 @@ def byte_level(name: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer, merged far enough that every kind of split matters."""
     from tokenizers import Regex, trainers
 
-    backend = Tokenizer(models.BPE(ignore_merges=SPLITS[name].ignores_merges))
-    split = [pre_tokenizers.Split(Regex(x), "isolated") for x in SPLITS[name].patterns]
+    backend = Tokenizer(models.BPE(ignore_merges=name in IGNORE_MERGES))
+    split = [pre_tokenizers.Split(Regex(x), "isolated") for x in SPLITS[name]]
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*split, byte])
     backend.train_from_iterator(

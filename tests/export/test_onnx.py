@@ -35,7 +35,7 @@ def test_prompt_and_decoding_with_an_explicit_cache_are_the_model(
     cache = exporter.past(2, 0)
     for start, end in ((0, 9), (9, 10), (10, 12)):
         new = slice(start, end)
-        logits, cache = exporter.wrapped(tokens[:, new], mask[:, :end], positions[:, new], cache)
+        logits, cache = exporter(tokens[:, new], mask[:, :end], positions[:, new], cache)
         seen = mask[:, new].bool()
         theirs = expected[:, new][seen]
         size = max(1.0, float(theirs.abs().max()))

@@ -12,8 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nuteprune.export.card import model_card
-from nuteprune.export.checkpoint import save
-from nuteprune.export.transformers_4 import plain_merges
+from nuteprune.export.checkpoint import plain_merges, save
 from tests.forked import python
 
 from .conftest import said_by_transformers

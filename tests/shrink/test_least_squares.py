@@ -14,14 +14,16 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
-from nuteprune.shrink import ridge
+from nuteprune.shrink import least_squares
 from nuteprune.shrink.least_squares import (
     FEEDBACK,
+    RIDGE,
     Fit,
     fit_projections,
     low_rank,
+    ridge_fit,
+    ridge_of,
 )
-from nuteprune.shrink.ridge import RIDGE, ridge_fit, ridge_of
 from nuteprune.stages.prunable import Prunable
 from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
@@ -41,7 +43,7 @@ def correlated(rows: int = 400, columns: int = 12) -> torch.Tensor:
 
 
 def test_ridge_fit_is_least_squares_as_the_ridge_vanishes(monkeypatch) -> None:
-    monkeypatch.setattr(ridge, "RIDGE", 0.0)
+    monkeypatch.setattr(least_squares, "RIDGE", 0.0)
     x, weight = correlated(), torch.randn(5, 12)
     mask = torch.ones(12)
     mask[[1, 4, 7]] = 0

@@ -320,7 +320,7 @@ def test_logits_of_kept_tokens_are_equal_to_the_bit(
     # The template's tokens are all there.
     told = tokenizer(asked).input_ids
     assert smaller(asked).input_ids == [new[i] for i in told]
-    assert check_spelling(tokenizer, smaller, fuzzed(50)) == 50
+    check_spelling(tokenizer, smaller, fuzzed(50))
 
 
 def test_a_template_that_refuses_turns_without_words_keeps_its_tokens() -> None:
@@ -351,7 +351,7 @@ def test_settings_are_counted_anew() -> None:
         "text_config": {"eos_token_id": 5, "hidden_size": 9},
     }
     assert tokens_in(values) == {4, 5, 9}
-    assert renumber(values, {5: 0, 9: 1}) == {
+    assert renumber(values, {5: 0, 9: 1}.get) == {
         "eos_token_id": [0, 1],
         "pad_token_id": None,
         "bos_token_id": None,
@@ -368,9 +368,9 @@ def test_settings_are_counted_anew() -> None:
     }
     bias = {(5, 9): -2.0, (4,): 1.0}
     assert tokens_in({"sequence_bias": bias}) == {4, 5, 9}
-    assert renumber({"sequence_bias": bias}, {5: 0, 9: 1}) == {"sequence_bias": {(0, 1): -2.0}}
+    assert renumber({"sequence_bias": bias}, {5: 0, 9: 1}.get) == {"sequence_bias": {(0, 1): -2.0}}
     nothing = {"sequence_bias": None, "forced_decoder_ids": None, "force_words_ids": None}
-    assert renumber(nothing, {}) == nothing
+    assert renumber(nothing, {}.get) == nothing
 
 
 def test_settings_that_nobody_declares_are_told_where_they_could_be_tokens() -> None:

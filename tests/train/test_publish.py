@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset
-from nuteprune.export.hub import upload
 from nuteprune.files import damage
 from nuteprune.train.config import RecoverConfig
+from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.recover import RecoverTrainer
 from tests.forked import python
 
@@ -209,10 +210,12 @@ def test_a_model_pushes_itself_as_transformers_models_do(
 
 def test_a_folder_is_pushed_under_its_name(tmp_path: Path, hub: Path) -> None:
     (tmp_path / "tiny").mkdir()
-    with pytest.raises(UserError, match=r"tiny has no config.json"):
-        upload(tmp_path / "tiny")
     (tmp_path / "tiny" / "config.json").write_text("{}")
-    upload(tmp_path / "tiny", revision="v2", message="again", blocking=False).result()
+    args = dict.fromkeys(("hub_model_id", "hub_token", "hub_revision", "hub_private_repo"))
+    trainer: Any = SimpleNamespace(
+        is_world_process_zero=lambda: True, saved=tmp_path / "tiny", args=SimpleNamespace(**args)
+    )
+    PushesCheckpoint.push_to_hub(trainer, "again", blocking=False, revision="v2").result()
     assert [x.name for x in (hub / "me" / "tiny").iterdir()] == ["config.json"]
     assert asked(hub) == [
         {"repo": "tiny", "private": None, "token": None},

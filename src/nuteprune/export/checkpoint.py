@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import mode
@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from nuteprune.errors import UserError
-from nuteprune.export.config import pruned_config
+from nuteprune.export.config import keys_of_4, pruned_config
 from nuteprune.export.loading import build, one_line, some
-from nuteprune.export.transformers_4 import add_keys_of_4, save_tokenizer_for_4
 from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
@@ -114,13 +118,15 @@ def save(
         model: what `build` or `load_pruned` returned.
         folder: where to; absent, empty, or with nothing but `run/` and hidden files in it.
         tokenizer: the tokenizer to save along.
-        around: the source of a processor's files, for a model of several modalities.
+        around: the other parts of the model's checkpoint, which go around it; None: none.
         max_shard_size: size at which the weights are split into several files, such as "20KB".
 
     Raises:
         UserError: if the folder holds other files or nothing can be written there.
         RunFailed: if writing went wrong on the way, as where the disk is full.
     """
+    if around is not None:
+        model = around.put(model)
     folder = Path(folder)
     partial = folder / PARTIAL  # beside it might be another file system
     with writing(folder, "make room and do the same again; for a run, with --resume"):
@@ -134,7 +140,7 @@ def save(
             if not model.config.model_type.startswith(PREFIX):
                 vars(model.config).pop("auto_map", None)
             model.save_pretrained(partial, max_shard_size=max_shard_size)
-            add_keys_of_4(partial / "config.json", model.config)
+            _add_keys_of_4(partial / "config.json", model.config)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
                 save_tokenizer_for_4(partial)
@@ -145,6 +151,67 @@ def save(
             _move(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
+    """Add keys for transformers 4 to a config's file, or to its language model's part."""
+    inner = config.get_text_config()
+
+    def added(content: dict[str, Any]) -> dict[str, Any]:
+        if inner is config:
+            return content | keys_of_4(config)
+        return content | {"text_config": content["text_config"] | keys_of_4(inner)}
+
+    _edit(path, added, sort_keys=True)
+
+
+def save_tokenizer_for_4(folder: Path) -> None:
+    """Rewrite the tokenizer files in a folder so that transformers 4 reads them, and 5 still does.
+
+    Args:
+        folder: where a tokenizer was saved; files that are not there are passed over.
+    """
+    _edit(folder / "tokenizer_config.json", _names_of_4, sort_keys=True)
+    _edit(folder / "tokenizer.json", plain_merges)
+
+
+def _names_of_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer's config under the names that transformers 4 knows, and 5 as well."""
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    own_code = config.get("auto_map") or {}
+    if isinstance(own_code.get("AutoTokenizer"), str):  # 5.24 writes it so, and cannot read it
+        config["auto_map"] = own_code | {"AutoTokenizer": [own_code["AutoTokenizer"], None]}
+    return config
+
+
+def plain_merges(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer whose merges are lines of two tokens, not pairs.
+
+    tokenizers before 0.20, which transformers up to 4.44 needs, reads no others. A tokenizer that
+    has a token with a space in it stays as it is: only pairs can state its merges.
+    """
+    model = content.get("model", {})
+    merges = model.get("merges", [])
+    in_lines = any(isinstance(merge, str) for merge in merges)
+    if not merges or in_lines or any(" " in token for merge in merges for token in merge):
+        return content
+    return content | {"model": model | {"merges": [" ".join(merge) for merge in merges]}}
+
+
+def _edit(
+    path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], sort_keys: bool = False
+) -> None:
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if (new := change(content)) == content:
+        return
+    text = json.dumps(new, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _savable(settings: GenerationConfig) -> GenerationConfig:

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.model.family import PREFIX, Family, Projection
+from nuteprune.model.lookup import family_named
 from nuteprune.model.shape import COUNTS, LayerShape, Shape
 
 FREE_SHAPE_KEYS = (
@@ -27,6 +28,10 @@ transformers then looks for a config of no type, and would warn of this one's ty
 INVERSE_DIVISOR = "logit_scale"
 """Added where a family divides logits; elsewhere it may be the family's own. vLLM's Transformers
 backend knows the inverse alone."""
+LONG_ROPE = {"rope_type", "rope_theta", "short_factor", "long_factor", "partial_rotary_factor"}
+"""Keys of a long rope that transformers 4 can read in its own form; other ropes have more keys."""
+ORIGINAL = "original_max_position_embeddings"
+"""The length before it was made longer: some configs state it beside their rope."""
 
 
 def pruned_config(
@@ -221,3 +226,34 @@ def _layout(family: Family, mixer_width: int | None) -> dict[str, Any]:
             "transposed": experts.transposed,
         }
     return layout
+
+
+def keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the keys of a config that transformers 4 calls by another name.
+
+    Without them it silently takes defaults.
+    """
+    family = family_named(config.model_type)
+    count = family.experts.count_in_4 if family.experts else ""
+    experts = {count: getattr(config, family.config_names["experts"])} if count else {}
+    return _rope_keys_of_4(config, family) | experts
+
+
+def _rope_keys_of_4(config: PreTrainedConfig, family: Family) -> dict[str, Any]:
+    """Return the rope keys of transformers 4."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return {}
+    # Some types have one set of parameters per kind of attention.
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+    names = family.rope_names
+    keys = {name: full[key] for key, name in names.items() if key in full}
+    if sliding:
+        keys["rope_local_base_freq"] = sliding["rope_theta"]
+    if full["rope_type"] == "default":
+        return keys
+    beside = {ORIGINAL} if hasattr(config, ORIGINAL) else set()
+    if full["rope_type"] == "longrope" and not set(full) - LONG_ROPE - beside:  # just these three
+        factors = {key: full[key] for key in ("short_factor", "long_factor")}
+        return keys | {"rope_scaling": {"type": "longrope", **factors}}
+    return keys | {"rope_scaling": {k: v for k, v in full.items() if k not in names}}

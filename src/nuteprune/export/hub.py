@@ -1,4 +1,4 @@
-"""Pruned checkpoints on the Hugging Face hub."""
+"""Files of checkpoints, in a folder or on the Hugging Face hub, and no links out of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from nuteprune.errors import UserError, in_one_line
-from nuteprune.run_folder import RECORD, RUN, hidden
+from nuteprune.run_folder import RECORD, hidden
 
 
 def record_path(source: str, **where: Any) -> Path | None:
@@ -106,7 +106,7 @@ def check_inside(source: str, **where: Any) -> None:
                 "copy that file into the folder if you trust it"
             )
     for index in folder.glob("*.index.json"):
-        for name in _named_in(index):
+        for name in files_in(index):
             if name in ("", ".", "..") or "/" in name or "\\" in name:
                 raise UserError(
                     f"{index} names {name!r}, which is no file of the model's folder; its weights "
@@ -114,58 +114,10 @@ def check_inside(source: str, **where: Any) -> None:
                 )
 
 
-def _named_in(index: Path) -> set[str]:
-    """Return the files in an index of weights; none if it is damaged, which is reported later."""
+def files_in(index: Path) -> set[str]:
+    """Return the files that an index of weights names; none if it is not there or damaged."""
     try:
         names = json.loads(index.read_bytes())["weight_map"].values()
         return {str(x) for x in names}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # what loads it says so
         return set()
-
-
-def upload(
-    folder: str | os.PathLike[str],
-    repo_id: str | None = None,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-    blocking: bool = True,
-) -> Any:
-    """Upload a checkpoint's folder as it is, so that the hub has what was judged.
-
-    From `run/` it uploads only the plots that the card shows, not teachers, trainer checkpoints and
-    metrics.
-
-    Args:
-        folder: what `save_pruned` or the command line wrote.
-        repo_id: where to, `OWNER/NAME`; None: the folder's name, under the token's owner.
-        private: whether a new repository is private; None: the owner's default.
-        token: one with write permission; None: the one that `hf auth login` stored.
-        revision: branch to commit to.
-        message: message of the commit.
-        blocking: return after the upload; False: return a future at once.
-
-    Returns:
-        The commit's `CommitInfo`, or its future.
-
-    Raises:
-        UserError: if the folder is no checkpoint.
-    """
-    folder = Path(folder).resolve()
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is not a checkpoint that could be pushed")
-    api = HfApi(token=token)
-    repo = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-    of_the_run = (x for x in (folder / RUN).rglob("*") if x.is_file() and x.suffix != ".png")
-    return api.upload_folder(  # type: ignore[call-overload]
-        repo_id=repo.repo_id,
-        folder_path=folder,
-        # Else weights of an earlier push would be loaded in place of these.
-        delete_patterns=["*.safetensors", "*.safetensors.index.json", "modeling_pruned.py"],
-        ignore_patterns=[x.relative_to(folder).as_posix() for x in of_the_run],
-        revision=revision,
-        commit_message=message,
-        run_as_future=not blocking,
-    )

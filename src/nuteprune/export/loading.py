@@ -122,7 +122,11 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     _check_tokens_named(source, model)
     check_inside(source, **kwargs)  # again, since the hub's files are here only now
     # Last, since what does not fit can be told more clearly.
-    check_pruned(Path(source))
+    if found := damage(Path(source), lambda name: name == "config.json" or ".safetensors" in name):
+        raise UserError(
+            f"{found}; take the file from where it came, or, if you changed it on purpose, remove "
+            f"its line from {Path(source) / SUMS}"
+        )
     return model
 
 
@@ -147,19 +151,6 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     stored = model.state_dict().keys()
     buffers = {name: x for name, x in model.named_buffers() if name in stored}
     return dict(model.named_parameters()) | buffers
-
-
-def check_pruned(folder: Path) -> None:
-    """Refuse a checkpoint whose config or weights are not what `save` wrote.
-
-    Raises:
-        UserError: naming the file.
-    """
-    if found := damage(folder, lambda name: name == "config.json" or ".safetensors" in name):
-        raise UserError(
-            f"{found}; take the file from where it came, or, if you changed it on purpose, remove "
-            f"its line from {folder / SUMS}"
-        )
 
 
 def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -307,18 +298,12 @@ def _load(
             f"{source} has an adapter beside its weights (adapter_config.json): merge it "
             "(merge_and_unload) and pass what is written, or remove that file"
         )
-    _say_whether_tied(model)
-    return model  # type: ignore[no-any-return]
-
-
-def _say_whether_tied(model: PreTrainedModel) -> None:
-    """Fix a config that ties the head although the files have a separate one.
-
-    transformers follows the files; programs that follow the config would lose the head.
-    """
+    # transformers follows the files where they have a head of their own. Programs that follow a
+    # config that ties it would lose it.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model.config, "tie_word_embeddings", False) and head is not None:
         model.config.tie_word_embeddings = head.weight is embedding.weight
+    return model  # type: ignore[no-any-return]
 
 
 def _is_lost(name: str, config: PreTrainedConfig) -> bool:

@@ -130,40 +130,6 @@ def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
     return moved[::-1]
 
 
-class ExplicitCache(nn.Module):
-    """A causal LM as a pure function: its cache is passed in and returned as tensors.
-
-    Args:
-        model: a causal LM, pruned or not.
-        layers: those that have attention, and so keys and values.
-    """
-
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
-        super().__init__()
-        self.model, self.layers = model, list(layers)
-        self.cache_name = cache_name(inspect.signature(model.forward).parameters)
-
-    def forward(
-        self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, past: Sequence[KeyValue]
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Return the logits (B, T, V) and the cache with the new tokens, (B, K, S, H) each.
-
-        Args:
-            ids_BT: the new tokens.
-            mask_BS: 0 for padding, over cached and new tokens.
-            position_BT: the new tokens' positions.
-            past: keys and values (B, K, P, H) of each layer that has attention.
-        """
-        # Without a config, windowed layers keep all they have seen; their masks hide the rest.
-        cache = DynamicCache()
-        for layer, (key_BKPH, value_BKPH) in zip(self.layers, past, strict=True):
-            cache.update(key_BKPH, value_BKPH, layer)
-        given = {"input_ids": ids_BT, "attention_mask": mask_BS, "position_ids": position_BT}
-        logits_BTV = self.model(**given, **{self.cache_name: cache}).logits
-        layers: list[Any] = cache.layers
-        return logits_BTV, [(layers[i].keys, layers[i].values) for i in self.layers]
-
-
 def check_rope(config: Any) -> None:
     """Refuse rotary frequencies that depend on the length of the text.
 
@@ -200,24 +166,45 @@ def check_mixers(family: Family) -> None:
         )
 
 
-class Exporter:
-    """A model with the names of its graph's inputs and outputs.
+class Exporter(nn.Module):
+    """A causal LM as a pure function, to trace: its cache is passed in and returned as tensors.
 
     Args:
         model: a float32 causal LM of a supported family.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.anatomy = Anatomy(model)
+        super().__init__()
+        self.model, self.anatomy = model, Anatomy(model)
         check_mixers(self.anatomy.family)
         layers = self.anatomy.shape.layers
         self.kv_heads = {i: x.kv_heads for i, x in enumerate(layers) if x.attention}
-        self.wrapped = ExplicitCache(model, [*self.kv_heads]).eval()
+        self.cache_name = cache_name(inspect.signature(model.forward).parameters)
         parts = [f"{i}.{part}" for i in self.kv_heads for part in ("key", "value")]
         past = [f"past_key_values.{part}" for part in parts]
         self.inputs = ["input_ids", "attention_mask", "position_ids", *past]
         self.outputs = ["logits", *(f"present.{part}" for part in parts)]
+        self.eval()
+
+    def forward(
+        self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, past: Sequence[KeyValue]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Return the logits (B, T, V) and the cache with the new tokens, (B, K, S, H) each.
+
+        Args:
+            ids_BT: the new tokens.
+            mask_BS: 0 for padding, over cached and new tokens.
+            position_BT: the new tokens' positions.
+            past: keys and values (B, K, P, H) of each layer that has attention.
+        """
+        # Without a config, windowed layers keep all they have seen; their masks hide the rest.
+        cache = DynamicCache()
+        for layer, (key_BKPH, value_BKPH) in zip(self.kv_heads, past, strict=True):
+            cache.update(key_BKPH, value_BKPH, layer)
+        given = {"input_ids": ids_BT, "attention_mask": mask_BS, "position_ids": position_BT}
+        logits_BTV = self.model(**given, **{self.cache_name: cache}).logits
+        layers: list[Any] = cache.layers
+        return logits_BTV, [(layers[i].keys, layers[i].values) for i in self.kv_heads]
 
     def past(self, batch: int, length: int) -> list[KeyValue]:
         """Return a cache of zeros for each layer that has attention."""
@@ -235,7 +222,7 @@ class Exporter:
         new, seen, cached = {0: batch, 1: tokens}, {0: batch, 1: total}, {0: batch, 2: past}
         with _tracing(self.model):
             program: Any = torch.onnx.export(
-                self.wrapped,
+                self,
                 (ids_BT, mask_BS, position_BT, self.past(2, 2)),
                 dynamo=True,
                 dynamic_shapes=(new, seen, new, [(cached, cached) for _ in self.kv_heads]),

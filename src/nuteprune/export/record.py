@@ -1,14 +1,14 @@
-"""nuteprune.json: the record of a pruned checkpoint and of how it was made."""
+"""nuteprune.json: the record of a pruned checkpoint and of how it was made; its form when read."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -16,8 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from nuteprune.errors import UserError
 from nuteprune.export.card import LICENCE, inherited_licence, model_card
 from nuteprune.export.checkpoint import recount, save
+from nuteprune.export.hub import files_in
 from nuteprune.export.loading import FAMILY, is_projection
-from nuteprune.export.record_form import misfit
 from nuteprune.files import to_json, write_text
 from nuteprune.gates.budget import share_gone
 from nuteprune.memory import peak
@@ -70,15 +70,14 @@ def write_pruned(
     Returns:
         The record as it was written.
     """
-    params, whole = {**params}, model
-    if around is not None:
-        whole, outside = around.put(model)
-        params["before"] += outside
-        rest["wrapper"] = around.wrapper.conditional
-    save(whole, folder, tokenizer, around)
+    save(model, folder, tokenizer, around)
     counted = recount(folder)
-    params["after"] = counted["total"]
+    params = {**params, "after": counted["total"]}
     params["blocks_after"] = blocks_recount(counted["tensors"], model.config.model_type)
+    if around is not None:
+        own = of_language_model(counted["tensors"])
+        params["before"] += counted["total"] - sum(map(math.prod, own.values()))
+        rest["wrapper"] = around.wrapper.conditional
     if "license" not in rest:
         rest |= inherited_licence(rest.get("base_model"))
     if family := brought_along(model.config.model_type):
@@ -105,7 +104,7 @@ def write_pruned(
             **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
         },
     }
-    return _write_texts(folder, whole, full)
+    return _write_texts(folder, model, full)
 
 
 def write_again(
@@ -127,9 +126,8 @@ def write_again(
     Returns:
         The record as it was written; sizes are those of the written files.
     """
-    whole = model if around is None else around.put(model)[0]
-    save(whole, folder, tokenizer, around)
-    return _write_texts(folder, whole, {**record, "bytes_on_disk": weights_size(folder)})
+    save(model, folder, tokenizer, around)
+    return _write_texts(folder, model, {**record, "bytes_on_disk": weights_size(folder)})
 
 
 def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,11 +156,8 @@ def origin_of(name: str | None, earlier: Mapping[str, Any] | None) -> dict[str, 
 
 def weights_size(folder: Path) -> int:
     """Return the bytes of a checkpoint's weight files, those that transformers would load."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
     whole = folder / SAFE_WEIGHTS_NAME
-    if whole.is_file() or not index.is_file():
-        return whole.stat().st_size if whole.is_file() else 0
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    names = {whole.name} if whole.is_file() else files_in(folder / SAFE_WEIGHTS_INDEX_NAME)
     return sum((folder / name).stat().st_size for name in names)
 
 
@@ -197,6 +192,138 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}; {_ELSEWHERE}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(f"{path} is not of schema {SCHEMA}; it needs another nuteprune version")
-    if found := misfit(record):
+    if found := _damage(record):
         raise UserError(f"{path} is damaged: {found}; {_ELSEWHERE}")
     return record
+
+
+class Leaf(NamedTuple):
+    """A value: the name of its kind, and a check for it."""
+
+    named: str
+    fits: Callable[[Any], bool]
+
+
+Form = Leaf | Mapping[str, Any] | list[Any]
+"""A value, an object by key (`?` ends one that may be missing), or a list of one form."""
+
+
+def several(named: str, form: Form) -> Leaf:
+    """Return what a list is, which may be empty, whose values are of one form."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and not any(unlike(x, form, "") for x in value)
+
+    return Leaf(f"a list of {named}", fits)
+
+
+def _each(named: str, form: Form) -> Leaf:
+    """Return what an object is whose keys are anything, and whose values are of one form."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, dict) and not any(unlike(x, form, "") for x in value.values())
+
+    return Leaf(f"an object of {named}", fits)
+
+
+def _or_null(leaf: Leaf) -> Leaf:
+    return Leaf(f"{leaf.named} or null", lambda x: x is None or leaf.fits(x))
+
+
+NUMBER = Leaf("a finite number", lambda x: type(x) in (int, float) and math.isfinite(x))
+COUNT = Leaf("a count", lambda x: type(x) is int and x >= 0)
+SIZE = Leaf("a count above 0", lambda x: type(x) is int and x > 0)
+ABOVE_0 = Leaf("a number above 0", lambda x: type(x) in (int, float) and x > 0)
+TEXT = Leaf("text", lambda x: isinstance(x, str))
+TEXTS = Leaf("text or a list of texts", lambda x: TEXT.fits(x) or several("texts", TEXT).fits(x))
+KINDS = _each("texts", TEXT)
+FIGURES = _each("numbers above 0", _or_null(ABOVE_0))
+HASHES = Leaf("hexadecimal digits", lambda x: TEXT.fits(x) and not x.strip("0123456789abcdef"))
+NUMBERS = several("numbers", NUMBER)
+_BEFORE_AFTER = {"before": SIZE, "after": SIZE}
+_LAYER = dict.fromkeys(("heads", "kv_heads", "neurons", "experts?", "expert_neurons?"), COUNT)
+_JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
+_BOTH = dict.fromkeys(("before", "after"), _or_null(NUMBER))
+_ANSWERS = {
+    **dict.fromkeys(("looping", "repeated", "length", "nats"), _BOTH),
+    **dict.fromkeys(("kl", "agreement"), _or_null(NUMBER)),
+    "protocol": {"measures": KINDS, "prompts": TEXT, "answers": SIZE, "most_tokens": SIZE}
+    | {"tokens": SIZE},
+}
+_CONTEXT = {
+    **dict.fromkeys(("tokens", "needing"), COUNT),
+    **dict.fromkeys(("lost", "lost_elsewhere", "kept"), _or_null(NUMBER)),
+    "gain": _BOTH,
+    "protocol": {"measures": KINDS, "blocks": COUNT},
+}
+_SPANS = _each("figures of context", _CONTEXT)
+_COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
+_READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
+_TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
+_TUNED["text?"] = _READ
+_TUNED["earlier?"] = _TUNED
+_COST = dict.fromkeys(("seconds", "cpu_seconds", "peak_memory_bytes"), NUMBER)
+_STAGES = _each("what stages took", _COST)
+FORM: dict[str, Any] = {
+    "target": NUMBER,
+    "sparsity": NUMBER,
+    "total_sparsity": NUMBER,
+    "params": {**_BEFORE_AFTER, "blocks_before": SIZE, "blocks_after": SIZE}
+    | {"active_before?": SIZE, "active_after?": SIZE},
+    "layers": [_LAYER],
+    "layers_before": [_LAYER],
+    "hidden": _BEFORE_AFTER,
+    "shapes?": TEXT,
+    **dict.fromkeys(("base_model?", "license?", "license_name?", "license_link?"), _or_null(TEXT)),
+    "teachers?": {"count": COUNT, "sparsities?": NUMBERS},
+    "perplexity?": _JUDGED,
+    "copying?": {"before?": _or_null(NUMBER), "after?": _or_null(NUMBER), "protocol?": _COPIED},
+    "text?": _READ,
+    "answers?": _ANSWERS,
+    "context?": _SPANS,
+    "asked?": {"kind": TEXT, "value": NUMBER},
+    "config?": {"model?": _or_null(TEXT), "data?": TEXTS, "length?": SIZE, "eval_blocks?": SIZE}
+    | dict.fromkeys(("eval_data?", "text_column?"), _or_null(TEXT)),
+    "vocab?": _BEFORE_AFTER,
+    "recover?": _TUNED,
+    "versions?": {"nuteprune?": TEXT},
+    "bytes_on_disk?": SIZE,
+    "peak_memory_bytes?": NUMBER,
+    "seconds?": NUMBER,
+    "stages?": _STAGES,
+    "seed?": COUNT,
+}
+"""The keys that readers of a record go by; see docs/json.md. It may have others."""
+FORM["history?"] = [FORM]
+
+
+def _damage(record: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a record, None if it can be read."""
+    if found := unlike(record, FORM, ""):
+        return found
+    for one in (record, *record.get("history", ())):
+        before, after = len(one["layers_before"]), len(one["layers"])
+        if before != after:
+            return f"layers are {after}, and layers_before {before}"
+    return None
+
+
+def unlike(value: Any, form: Form, where: str) -> str | None:
+    """Return what is wrong with a value that should have a form; None: nothing."""
+    if isinstance(form, Leaf):
+        return None if form.fits(value) else f"{where or 'it'} is not {form.named}"
+    if isinstance(form, list):
+        if not isinstance(value, list) or not value:
+            return f"{where} is not a list, or an empty one"
+        parts = [(x, form[0], f"{where}[{i}]") for i, x in enumerate(value)]
+    else:
+        if not isinstance(value, dict):
+            return f"{where} is not an object"
+        parts = []
+        for key, inner in form.items():
+            name, prefix = key.removesuffix("?"), f"{where}." if where else ""
+            if name not in value and name == key:
+                return f"it lacks {prefix}{name}"
+            if name in value:
+                parts.append((value[name], inner, prefix + name))
+    return next((found for part in parts if (found := unlike(*part))), None)

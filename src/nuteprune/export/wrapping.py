@@ -133,14 +133,11 @@ class Around:
         """
         self._load("auto")
 
-    def put(self, small: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+    def put(self, small: PreTrainedModel) -> PreTrainedModel:
         """Return the whole model around a pruned language model, fit to be saved.
 
         Args:
             small: the language model, in the dtype that the checkpoint is stored in.
-
-        Returns:
-            The model, and how many parameters are not the language model's.
 
         Raises:
             UserError: if tensors of the checkpoint do not fit around this language model.
@@ -158,8 +155,7 @@ class Around:
             raise UserError(f"{self.source} does not go around its language model: {min(wrong)}")
         model.tie_weights()
         model.generation_config = whole.generation_config
-        count = sum(p.numel() for k, p in whole.named_parameters() if own_name(k) is None)
-        return model.eval(), count
+        return model.eval()  # type: ignore[no-any-return]
 
     def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         values, _ = PreTrainedConfig.get_config_dict(self.source)

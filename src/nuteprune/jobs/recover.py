@@ -265,8 +265,7 @@ def _write(
     as_stored(small, sources.stored_dtype(small))
     result = {"out": str(job.out), "recover": entry}
     if record is None:
-        outside = sources.around(job.model)
-        save(small if outside is None else outside.put(small)[0], job.out, tokenizer, outside)
+        save(small, job.out, tokenizer, sources.around(job.model))
         return {**result, "bytes_on_disk": weights_size(job.out)}
     if "recover" in record:
         entry["earlier"] = record["recover"]

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from nuteprune.console import Bars, Output, dtype_name, duration, megabytes, millions
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.figures import answer_rows, context_rows
+from nuteprune.export.card import answer_rows, context_rows
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from nuteprune.console import Output
 from nuteprune.data.fingerprint import IN_DOMAIN, NOT_KNOWN, OTHER_TEXT
-from nuteprune.export.figures import definitions
+from nuteprune.export.card import definitions
 from nuteprune.jobs.show import print_beside
 from nuteprune.judge.context import Copying
 from nuteprune.judge.perplexity import OVERLAPPING, PROTOCOL, mean

@@ -11,8 +11,7 @@ import jinja2
 import yaml
 
 from nuteprune.data.fingerprint import text_kind
-from nuteprune.export.card import since_dense, with_plots
-from nuteprune.export.figures import answer_rows, context_rows, definitions
+from nuteprune.export.card import answer_rows, context_rows, definitions, since_dense, with_plots
 from nuteprune.export.record import perplexities_of
 from nuteprune.files import atomic, write_text, writing
 from nuteprune.gates.budget import share_gone

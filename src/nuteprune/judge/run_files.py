@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.export.record import read_record
-from nuteprune.export.record_form import NUMBER, TEXT, Form, several, unlike
+from nuteprune.export.record import NUMBER, TEXT, Form, read_record, several, unlike
 from nuteprune.run_folder import METRICS, RECORD, RUN, SAMPLES, SPEED, TARGETS
 
 _SAMPLES = several("prompts with both answers", dict.fromkeys(("prompt", "dense", "pruned"), TEXT))

@@ -13,30 +13,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from nuteprune.gates.masks import Masks
-from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
-from nuteprune.model.lora import Learned, Part, effective_weight
-
-
-@torch.no_grad()
-def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """Add the LoRA weights to the base weights, in fp32, and take the adapters off.
-
-    Args:
-        model: a model wrapped by PEFT; its base model is changed in place.
-
-    Returns:
-        The stock model.
-    """
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            put(without_lora(module).weight, effective_weight(module))
-    return cast(PreTrainedModel, model.unload())
+from nuteprune.model.anatomy import Anatomy, Mixture
+from nuteprune.model.lora import Learned, Part
 
 
 def put(parameter: Tensor, value: Tensor) -> None:

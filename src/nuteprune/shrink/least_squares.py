@@ -1,9 +1,10 @@
 """Closed-form refit of the output and down projections to the inputs that are left.
 
 Once heads and neurons are chosen, each output and down projection is fitted by ridge regression
-so that from the kept inputs alone it gives what it gave from all of them (`shrink.ridge`). Layers
-are fitted in order, each on the activations of the already pruned and fitted layers before it.
-These have left the residual stream off the dense model's: a fit makes up for half of that too.
+so that from the kept inputs alone it gives what it gave from all of them, with C = X^T X over the
+inputs X: W' = W C[:, kept] (C[kept, kept] + ridge)^-1. Layers are fitted in order, each on the
+activations of the already pruned and fitted layers before it. These have left the residual stream
+off the dense model's: a fit makes up for half of that too.
 
 A routed expert is heard as g x its output, with g the router's weight of a token. So its down
 projection is fitted on its own tokens, those that the pruned model routes to it, squared errors
@@ -35,14 +36,20 @@ from nuteprune.model.layerwise import Layerwise, Read
 from nuteprune.model.lora import effective_weight
 from nuteprune.model.weights import gathered, is_sharded, weight_of
 from nuteprune.processes import ALONE, Team
-from nuteprune.shrink.ridge import RIDGE, ridge_fit, with_ridge
-from nuteprune.simulated import alike
+from nuteprune.simulated import alike, usual
 
 FEEDBACK = 0.5
 """Share of the residual stream's error that the block which reads it makes up for. All of it fits
 noise: see docs/log.md. Blocks that stand side by side (GPT-NeoX, Phi, Cohere) read the same stream,
 and are asked for as much each; no such model was measured."""
 
+RIDGE = 1e-1
+"""Ridge: what is added to the diagonal of C, as a share of itself; more with few tokens."""
+TOKENS_EACH = 18
+"""With fewer tokens for each input the ridge grows by as much, up to 1: else a fit to little text
+fits what is particular to it; see docs/log.md."""
+LEAST = 1e-30
+"""Ridge of an input that is always 0: the weights that read it stay as they are."""
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
 
@@ -58,38 +65,6 @@ class Fit:
 
     weight_OI: Tensor
     covariance_II: Tensor
-
-
-@dataclass(frozen=True)
-class Regression:
-    """The least-squares problem of a projection.
-
-    Args:
-        weight_OI: the weight that the ridge pulls towards, fp32.
-        covariance_II: X^T X of its unmasked inputs, fp32.
-        target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
-        missing_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
-        tokens: rows of X.
-        team: the processes that share the rows out.
-    """
-
-    weight_OI: Tensor
-    covariance_II: Tensor
-    target_OI: Tensor
-    missing_OI: Tensor | None
-    tokens: int
-    team: Team = ALONE
-
-    def fit(self, mask_I: Tensor) -> Tensor:
-        """Return the weight fitted to the inputs that a mask leaves."""
-        mask_I = mask_I.to(self.weight_OI)
-
-        def fitted(rows: slice) -> Tensor:
-            missing_OI = None if self.missing_OI is None else self.missing_OI[rows]
-            own = self.weight_OI[rows], self.covariance_II, mask_I, self.target_OI[rows]
-            return ridge_fit(*own, missing_OI, self.tokens)
-
-        return self.team.by_rows(len(self.weight_OI), fitted)
 
 
 Install = Callable[[int, Projection, Fit], None]
@@ -142,11 +117,7 @@ def fit_projections(
                 read = intact.reads(i, norms)
         for block, projection, mask in found:
             lack = norms.get(block), read.pop(block, ())
-            regression = _regression(anatomy, text, i, block, *lack, dense, team)
-            fitted_OI = regression.fit(mask)
-            masked_II = regression.covariance_II.mul_(mask_I := mask.to(fitted_OI))
-            install(i, projection, Fit(fitted_OI, masked_II.mul_(mask_I[:, None])))
-            del regression, fitted_OI  # large
+            install(i, projection, _fit(anatomy, text, i, block, mask, *lack, dense, team))
         read.clear()  # large, as what the next layer's norms read
         if install_stack is not None and (mask_EF := thin[i]) is not None:
             mixture = cast(Mixture, anatomy.mixture(i))
@@ -161,23 +132,25 @@ def fit_projections(
         progress()
 
 
-def _regression(
+def _fit(
     anatomy: Anatomy,
     text: Layerwise,
     layer: int,
     block: str,
+    mask_I: Tensor,
     norm: nn.Module | None,
     read: Read,
     dense: Callable[[int], AbstractContextManager[Any]],
     team: Team,
-) -> Regression:
-    """Return what the last projection of a block is fitted to where the text stands.
+) -> Fit:
+    """Return the last projection of a block, fitted where the text stands.
 
     Args:
         anatomy: the model.
         text: calibration text in front of the layer.
         layer: its index.
         block: a block of it.
+        mask_I: multipliers of the projection's inputs.
         norm: through which the block reads the residual stream; None: no correction.
         read: the norm's inputs in the dense model, by batch.
         dense: see `fit_projections`.
@@ -185,15 +158,23 @@ def _regression(
     """
     projection = anatomy.ends(layer)[block]
     module = anatomy.projection(layer, projection)
-    covariance_II, missing_OI = text.covariance(layer, projection, norm, read)
+    covariance_II, more_OI = text.covariance(layer, projection, norm, read)
     weight_OI = effective_weight(module)
     with dense(layer):  # LoRA may have made up for some of what is gone
         # A copy where the context lets go of what it gathered.
         copies = is_sharded(anatomy.layers[layer])
         target_OI = weight_of(without_lora(module)).to(torch.float32, copy=copies)
-    if missing_OI is not None:
-        missing_OI.mul_(FEEDBACK / anatomy.block_scale(block))
-    return Regression(weight_OI, covariance_II, target_OI, missing_OI, text.tokens, team)
+    if more_OI is not None:
+        more_OI.mul_(FEEDBACK / anatomy.block_scale(block))
+    mask_I = mask_I.to(weight_OI)
+
+    def fitted(rows: slice) -> Tensor:
+        more = None if more_OI is None else more_OI[rows]
+        own = weight_OI[rows], covariance_II, mask_I, target_OI[rows]
+        return ridge_fit(*own, more, text.tokens)
+
+    fitted_OI = team.by_rows(len(weight_OI), fitted)
+    return Fit(fitted_OI, covariance_II.mul_(mask_I).mul_(mask_I[:, None]))
 
 
 def _lost_inputs(
@@ -285,3 +266,63 @@ def _fitted_stack(
         new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
         mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
     return fitted
+
+
+def ridge_fit(
+    weight_OI: Tensor,
+    covariance_II: Tensor,
+    mask_I: Tensor,
+    target_OI: Tensor,
+    more_OI: Tensor | None = None,
+    tokens: int | None = None,
+) -> Tensor:
+    """Return the weight (O, I) that from the kept columns of X alone best gives X target^T + E.
+
+    Soft masks are taken into account: the input is X * mask, and so is the fit.
+
+    Args:
+        weight_OI: the weight that the ridge pulls towards, fp32.
+        covariance_II: X^T X of the unmasked inputs, fp32.
+        mask_I: multipliers of the inputs, 0 where they are gone.
+        target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
+        more_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
+        tokens: rows of X; None: enough.
+    """
+    kept_I = mask_I > 0
+    kept_K = kept_I.nonzero().flatten()
+    missing_OI = (weight_OI * kept_I).neg_().add_(target_OI) @ covariance_II
+    if more_OI is not None:
+        missing_OI += more_OI
+    missing_OK = missing_OI[:, kept_K]
+    del missing_OI
+    ridge = ridge_of(len(covariance_II), tokens)
+    update_KO = _solve(covariance_II, kept_K, missing_OK.T, ridge)
+    del missing_OK
+    fitted_OI = torch.zeros_like(weight_OI)
+    fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
+    return fitted_OI
+
+
+def ridge_of(inputs: int, tokens: int | None) -> float:
+    """Return the ridge of a fit to so many tokens; None: enough."""
+    return RIDGE if tokens is None else min(1.0, RIDGE * max(1.0, TOKENS_EACH * inputs / tokens))
+
+
+def with_ridge(covariance_II: Tensor, kept_K: Tensor, ridge: float) -> Tensor:
+    """Return C of the kept inputs (K, K), each input's own share added to its diagonal.
+
+    So the fit does not depend on the scale of an input, and one massive activation
+    does not pull the weights of all others back to where they were.
+    """
+    inner_KK = covariance_II[kept_K[:, None], kept_K]
+    inner_KK.diagonal().mul_(1 + ridge).add_(LEAST)
+    return inner_KK
+
+
+def _solve(covariance_II: Tensor, kept_K: Tensor, wanted_KO: Tensor, ridge: float) -> Tensor:
+    # What is factored is not held: it is large, and hardly ever wanted again.
+    factor_KK, failed = torch.linalg.cholesky_ex(with_ridge(covariance_II, kept_K, ridge))
+    if usual(failed == 0):
+        return torch.cholesky_solve(wanted_KO, factor_KK)
+    # Rounding, or values that are not finite.
+    return cast(Tensor, torch.linalg.solve(with_ridge(covariance_II, kept_K, ridge), wanted_KO))

@@ -49,9 +49,8 @@ def _open(gate: Tensor | None) -> bool:
 
 def _kept_experts(masks: Masks, layer: int) -> Tensor:
     """Return the experts (E,) of a layer that masks keep."""
-    every = torch.arange(masks.layout.shape.layers[layer].experts)
-    part = masks.part("experts", layer)
-    return every if part is None else every[(part > 0).cpu()]
+    kept = kept_units(masks.part("experts", layer))
+    return torch.arange(masks.layout.shape.layers[layer].experts) if kept is None else kept
 
 
 def _kept_neurons(masks: Masks, layer: int) -> Tensor:

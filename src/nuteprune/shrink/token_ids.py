@@ -14,17 +14,24 @@ _NAMED = re.compile(
 _Change = Callable[[int], int | None]
 
 
-def renumber(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+def renumber(values: Mapping[str, Any], change: _Change) -> dict[str, Any]:
     """Return settings of a model with their token ids renumbered.
 
     Args:
         values: a config, or settings of generation.
-        new: old id -> new id; other ids are gone.
+        change: old id -> new id; None where it is gone.
     """
-    return _renumbered(values, new.get)
+    found = {}
+    for key, value in values.items():
+        if _names_tokens(key):
+            value = _changed(key, value, change)
+        elif isinstance(value, Mapping):
+            value = renumber(value, change)
+        found[key] = value
+    return found
 
 
-def names_tokens(key: object) -> bool:
+def _names_tokens(key: object) -> bool:
     """Return whether a setting holds token ids."""
     return isinstance(key, str) and _NAMED.search(key) is not None
 
@@ -32,12 +39,7 @@ def names_tokens(key: object) -> bool:
 def tokens_in(values: Mapping[str, Any]) -> set[int]:
     """Return the token ids that settings name."""
     found: set[int] = set()
-
-    def note(i: int) -> int:
-        found.add(i)
-        return i
-
-    _renumbered(values, note)
+    renumber(values, found.add)
     return found
 
 
@@ -52,20 +54,9 @@ def unknown_ids(values: Mapping[str, Any], known: Collection[str], rows: int) ->
     return [
         key
         for key, value in values.items()
-        if not (key in known or key.startswith("_") or names_tokens(key))
+        if not (key in known or key.startswith("_") or _names_tokens(key))
         and any(_is_id(x) and x < rows for x in _leaves(value))
     ]
-
-
-def _renumbered(values: Mapping[str, Any], change: _Change) -> dict[str, Any]:
-    found = {}
-    for key, value in values.items():
-        if names_tokens(key):
-            value = _changed(key, value, change)
-        elif isinstance(value, Mapping):
-            value = _renumbered(value, change)
-        found[key] = value
-    return found
 
 
 def _changed(key: str, value: Any, change: _Change) -> Any:

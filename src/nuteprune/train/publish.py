@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import Trainer
 
 from nuteprune.errors import UserError
+from nuteprune.run_folder import RUN
 
 
 class PushesCheckpoint(Trainer):
@@ -26,7 +28,10 @@ class PushesCheckpoint(Trainer):
         revision: str | None = None,
         private: bool | None = None,
     ) -> Any:
-        """Upload the checkpoint that `save_pruned` wrote last: weights, tokenizer, record, card.
+        """Upload what `save_pruned` wrote last as it is, so that the hub has what was judged.
+
+        From `run/` it uploads only the plots that the card shows, not teachers, trainer checkpoints
+        and metrics. Without `hub_model_id` the repository has the folder's name.
 
         Args:
             commit_message: message of the commit.
@@ -45,17 +50,20 @@ class PushesCheckpoint(Trainer):
             return None
         if self.saved is None:
             raise UserError(f"there is nothing to push yet: {self.how_to_write}")
-        args = self.args
-        from nuteprune.export.hub import upload
-
-        return upload(
-            self.saved,
-            args.hub_model_id,
-            private=args.hub_private_repo if private is None else private,
-            token=token or args.hub_token,
+        args, folder = self.args, self.saved.resolve()
+        api = HfApi(token=token or args.hub_token)
+        private = args.hub_private_repo if private is None else private
+        repo = api.create_repo(args.hub_model_id or folder.name, private=private, exist_ok=True)
+        of_the_run = (x for x in (folder / RUN).rglob("*") if x.is_file() and x.suffix != ".png")
+        return api.upload_folder(  # type: ignore[call-overload]
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            # Else weights of an earlier push would be loaded in place of these.
+            delete_patterns=["*.safetensors", "*.safetensors.index.json", "modeling_pruned.py"],
+            ignore_patterns=[x.relative_to(folder).as_posix() for x in of_the_run],
             revision=revision or args.hub_revision,
-            message=commit_message,
-            blocking=blocking,
+            commit_message=commit_message,
+            run_as_future=not blocking,
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -23,7 +23,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.forwards import noting_outputs
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
-from nuteprune.shrink.finalize import merge_lora
+from nuteprune.shrink.finalize import merge_layer
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_given, check_whole
 from nuteprune.train.config import RecoverConfig
@@ -110,8 +110,11 @@ class RecoverTrainer(AtomicTrainer):
 
     def merge(self) -> PreTrainedModel:
         """Add the LoRA weights to the model's, in fp32, and return it without adapters."""
-        self.model.eval()
-        return merge_lora(self.model)
+        learned, model = self.bank.learned(), self.model.eval().unload()
+        anatomy = Anatomy(model)
+        for layer in range(len(anatomy.layers)):
+            merge_layer(anatomy, layer, learned, model.dtype)
+        return model  # type: ignore[no-any-return]
 
     def run_state(self) -> RunState:
         """Return the LoRA weights."""

@@ -6,7 +6,6 @@ what the tokenizer does, on text that is hard to split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -45,26 +44,20 @@ _DEEPSEEK = (
 )
 
 
-@dataclass(frozen=True)
-class TextSplit:
-    """One of llama.cpp's splits of text before merging: regular expressions, one after another."""
-
-    patterns: tuple[str, ...]
-    ignores_merges: bool = False
-    """A piece that is a token stays whole, whatever the merges say."""
-
-
-SPLITS: dict[str, TextSplit] = {
-    "gpt-2": TextSplit((_GPT2,)),
-    "smollm": TextSplit((r"\p{N}", _GPT2)),
-    "llama-bpe": TextSplit((_WORDS + r"\p{N}{1,3}" + _OTHERS,), ignores_merges=True),
-    "qwen2": TextSplit((_WORDS + r"\p{N}" + _OTHERS,)),
-    "gpt-4o": TextSplit((_GPT4O + _OTHERS_AND_SLASH,)),
-    "tekken": TextSplit((_TEKKEN + _OTHERS_AND_SLASH,), ignores_merges=True),
-    "qwen35": TextSplit((_QWEN35,)),
-    "deepseek-v3": TextSplit((r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK)),
+SPLITS = {
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _OTHERS,),
+    "qwen2": (_WORDS + r"\p{N}" + _OTHERS,),
+    "gpt-4o": (_GPT4O + _OTHERS_AND_SLASH,),
+    "tekken": (_TEKKEN + _OTHERS_AND_SLASH,),
+    "qwen35": (_QWEN35,),
+    "deepseek-v3": (r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK),
 }
-"""llama.cpp's name (`tokenizer.ggml.pre`) -> what it does; in `llama-vocab.cpp`."""
+"""llama.cpp's name (`tokenizer.ggml.pre`) -> how it splits text before merging: by regular
+expressions, one after another; in `llama-vocab.cpp`."""
+IGNORE_MERGES = ("llama-bpe", "tekken")
+"""Those by which a piece that is a token stays whole, whatever the merges say."""
 
 
 def find_split(backend: Tokenizer) -> str:
@@ -90,6 +83,6 @@ def _pieces(splits: Any) -> list[list[str]]:
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     """Return the splitter that llama.cpp uses for a name of `SPLITS`."""
-    steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in SPLITS[name].patterns]
+    steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in SPLITS[name]]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([*steps, bytes_])

@@ -6,6 +6,7 @@ computed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +37,18 @@ class LinearMap:
     weight_OI: Array
     bias_O: Array | None = None
 
+    def each(self, change: Callable[[Array], Array]) -> LinearMap:
+        """Return the map with its weight and its bias changed in the same way."""
+        bias_O = None if self.bias_O is None else change(self.bias_O)
+        return LinearMap(change(self.weight_OI), bias_O)
+
     def scaled(self, factor: float) -> LinearMap:
         """Return the map with its output multiplied."""
-        if factor == 1.0:
-            return self
-        bias_O = None if self.bias_O is None else self.bias_O * np.float32(factor)
-        return LinearMap(self.weight_OI * np.float32(factor), bias_O)
+        return self if factor == 1.0 else self.each(lambda x: x * np.float32(factor))
 
     def rows(self, order_O: NDArray[np.int64]) -> LinearMap:
         """Return the map with only these outputs, in this order."""
-        bias_O = None if self.bias_O is None else self.bias_O[order_O]
-        return LinearMap(self.weight_OI[order_O], bias_O)
+        return self.each(lambda x: x[order_O])
 
     def padded(self, outputs: int, inputs: int) -> LinearMap:
         """Return the map with zero rows and columns added at the end."""

@@ -19,7 +19,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf.splits import PROBES, SPLITS, find_split, pre_tokenizer
+from nuteprune.export.gguf.splits import (
+    IGNORE_MERGES,
+    PROBES,
+    SPLITS,
+    find_split,
+    pre_tokenizer,
+)
 
 KEY = Keys.Tokenizer
 """gguf's names for the keys of a file that describe a tokenizer."""
@@ -191,8 +197,7 @@ def _byte_level(keys: Vocabulary) -> Callable[[str], list[int]]:
     """Return an encoder that does what llama.cpp's `gpt2` does with the file's keys."""
     ids = {token: i for i, token in enumerate(keys[KEY.LIST])}
     merges = [(a, b) for a, _, b in (x.partition(" ") for x in keys.get(KEY.MERGES, ()))]
-    split = SPLITS[keys[KEY.PRE]]
-    backend = Tokenizer(models.BPE(ids, merges, ignore_merges=split.ignores_merges))
+    backend = Tokenizer(models.BPE(ids, merges, ignore_merges=keys[KEY.PRE] in IGNORE_MERGES))
     backend.pre_tokenizer = pre_tokenizer(keys[KEY.PRE])
     backend.add_tokens(_user_defined(keys))
     return lambda text: backend.encode(text, add_special_tokens=False).ids

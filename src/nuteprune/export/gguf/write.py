@@ -35,24 +35,9 @@ from nuteprune.model.weights import refuse_packed
 Q = GGMLQuantizationType
 
 
-@dataclass(frozen=True)
-class FileType:
-    """How weights are stored: the type of matrices, that of embedding and head, and the label."""
-
-    matrices: GGMLQuantizationType
-    ends: GGMLQuantizationType
-    label: LlamaFileType
-
-
-FILE_TYPES: dict[str, FileType] = {
-    "f16": FileType(Q.F16, Q.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": FileType(Q.BF16, Q.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": FileType(Q.Q8_0, Q.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    # Four bits cost the most in the embedding and the head: those get eight.
-    "q4_0": FileType(Q.Q4_0, Q.Q8_0, LlamaFileType.MOSTLY_Q4_0),
-    "f32": FileType(Q.F32, Q.F32, LlamaFileType.ALL_F32),
-}
-"""What `--type` takes. Vectors and norms are always float32, as llama.cpp wants them."""
+FILE_TYPES = {x: GGMLQuantizationType[x.upper()] for x in ("f16", "bf16", "q8_0", "q4_0", "f32")}
+"""What `--type` takes -> how matrices are stored. Vectors and norms are always float32, as
+llama.cpp wants them."""
 _QUANTIZED = (Q.Q8_0, Q.Q4_0)
 TO_QUANTIZE = ("f16", "bf16")
 """File types that llama.cpp's own quantizer reads, to make K-quants of them."""
@@ -110,7 +95,7 @@ def write_gguf(
     anatomy = Anatomy(model)
     facts = ModelFacts(anatomy.family, anatomy.config, anatomy.shape, anatomy.biases)
     arch = choose_architecture(facts)
-    is_quantized = kind.matrices in _QUANTIZED
+    is_quantized = kind in _QUANTIZED
     shape, notes = padded_shape(facts.shape, arch, is_quantized)
     if is_quantized:
         check_rows(shape, facts.head_dim, type_name)
@@ -120,7 +105,8 @@ def write_gguf(
     notes += [*_differences(arch, facts), *strip_notes]
     if type_name in TO_QUANTIZE:
         notes += torn_rows(shape, facts.head_dim)
-    keys = {"general.type": "model", "general.name": name, "general.file_type": int(kind.label)}
+    label = LlamaFileType["ALL_F32" if type_name == "f32" else f"MOSTLY_{type_name.upper()}"]
+    keys = {"general.type": "model", "general.name": name, "general.file_type": int(label)}
     keys["general.quantization_version"] = GGML_QUANT_VERSION
     of_model = model_keys(anatomy, arch, facts, shape)
     keys |= {f"{arch.name}.{key}": value for key, value in of_model.items()} | vocabulary
@@ -181,7 +167,8 @@ def _stored_type(name: str, values: Array, type_name: str) -> GGMLQuantizationTy
     """
     kind, stored = FILE_TYPES[type_name], Q.F32
     if values.ndim > 1 < values.shape[-1] and not any(x in name for x in _IN_FLOAT32):
-        stored = kind.matrices if name.startswith("blk.") else kind.ends
+        # Four bits cost the most in the embedding and the head: those get eight.
+        stored = Q.Q8_0 if kind == Q.Q4_0 and not name.startswith("blk.") else kind
     if stored in _QUANTIZED and values.shape[-1] % BLOCK:
         stored = Q.F16  # a row that no gate cuts; the others were checked
     largest = np.abs(values).max(initial=0)
