@@ -41,7 +41,6 @@ import torch
 from torch import Tensor
 
 from nuteprune.model.anatomy import Mixture
-from nuteprune.model.routing import computed_with
 from nuteprune.processes import ALONE, Team
 from nuteprune.simulated import alike, has_data, number, once, scored, usual
 
@@ -201,6 +200,8 @@ def watched_experts(
         length: tokens of a sequence.
         add: takes in changes (2, E x F), as `lengths` does, in a backward pass.
     """
+    from nuteprune.model.routing import computed_with  # mixtures alone need it
+
     experts, width = mixture.sizes
 
     def forward(hidden_SD: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
@@ -268,6 +269,8 @@ def neuron_covariance(mixture: Mixture, routed: Routed, expert: int, team: Team 
 
 def _neurons(experts: Any, rows_PD: Tensor, expert: int) -> Tensor:
     """Return what an expert's neurons are (P, F) for some tokens."""
+    from nuteprune.model.routing import computed_with  # mixtures alone need it
+
     seen: list[Tensor] = []
 
     def note(inner_PF: Tensor, _: Tensor, pair_P: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,9 @@ from torch.autograd.function import once_differentiable
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import put_forward
-from nuteprune.model.routing import Mask, RoutedMasks, WeighedMasks
+
+if TYPE_CHECKING:
+    from nuteprune.model.routing import Mask
 
 Selection = tuple[Tensor | None, Tensor | None]
 """Indices of the rows and of the columns of a projection that are computed, None for all."""
@@ -115,6 +117,8 @@ class MaskHooks:
 
     def _route(self, mixture: Mixture, layer: int) -> None:
         """Let masks decide which experts may be chosen, and weigh their outputs."""
+        from nuteprune.model.routing import RoutedMasks, WeighedMasks  # mixtures alone need it
+
         kind = WeighedMasks if mixture.entry.weighed_first else RoutedMasks
         masks = kind(mixture, self._part("experts", layer), self._part("expert_neurons", layer))
         self._stack.callback(put_forward(mixture.router, masks.route))
