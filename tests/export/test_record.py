@@ -97,7 +97,7 @@ def use(record: dict[str, Any]) -> None:
     kept_rows(record)
     perplexities_of(record)
     headline(record, None)
-    verdict(RunFiles(Path("out"), Path("out/run"), record, [], [], None, {}))
+    verdict(RunFiles(Path("out"), Path("out/run"), record, [], [], None))
     learned_from(record)
     again(record, "out")
     model_card(record, remote_code=False)

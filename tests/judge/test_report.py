@@ -544,6 +544,7 @@ def test_teachers_come_from_the_record_else_from_the_steps(tmp_path: Path) -> No
 
 
 def test_of_several_targets_each_has_its_own_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     for share, steps in ((0.2, 3), (0.5, 5)):
         a_run(tmp_path / f"sparsity-{share}", a_record(target=share), some_steps(steps))
     assert write_report(tmp_path / "sparsity-0.2").parents[1].name == "sparsity-0.2"
