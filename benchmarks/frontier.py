@@ -130,7 +130,7 @@ def figures_of(record: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str,
     answers = record["answers"]
     [context, *_] = record["context"].values()
     return {
-        "steps": record["config"].get("max_steps", 80),
+        "steps": record["config"]["max_steps"],
         "other": times["other_mean"],
         "in_domain": times["in_domain"],
         "copies": record["copying"],
