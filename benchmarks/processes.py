@@ -105,9 +105,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = ["removed", "computed in", "processes", "units", "refitted", "taught", "other text"]
     lines = ["| " + " | ".join([*heads, *stages]) + " |"]
     lines.append("|---" * (len(heads) + len(stages)) + "|")
-    ones = {(x["target"], x["dtype"]): x for x in rows if x["way"] == "one"}
+    ones = {(x["target"], x["dtype"], x["steps"]): x for x in rows if x["way"] == "one"}
     for x in rows:
-        one = ones[x["target"], x["dtype"]]
+        one = ones[x["target"], x["dtype"], x["steps"]]
         cells = [f"{x['target']:.0%}", x["dtype"], x["way"]]
         cells += ["the same" if x["same_units"] else "others"]
         cells += [f"{x[name]:.0e}" for name in ("refitted", "taught")]
@@ -130,20 +130,18 @@ def main() -> None:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / "own.jsonl"
-    if not own.exists():
+    if not (args.show or own.exists()):
         command = [sys.executable, "-m", "nuteprune.cli", "write", "demo"]
         command += ["--tokens", str(TOKENS), "--dtype", "bfloat16", "--out", str(own)]
         subprocess.run(command, env=one_thread(), check=True)
-    rows = []
-    for dtype in args.dtypes.split(","):
+    for dtype in () if args.show else args.dtypes.split(","):
         for target in map(float, args.targets.split(",")):
             for way in WAYS:
                 name = f"{way.replace(' ', '-')}_{target:g}_{dtype}_{args.steps}-steps.json"
-                path = folder / name
-                if not path.exists() and not args.show:
-                    path.write_text(to_json(row(way, target, dtype, args)))
-                if path.exists():
-                    rows.append(json.loads(path.read_text()))
+                if not (folder / name).exists():
+                    (folder / name).write_text(to_json(row(way, target, dtype, args)))
+    rows = [json.loads(path.read_text()) for path in folder.glob("*-steps.json")]
+    rows.sort(key=lambda x: (x["steps"], x["dtype"], x["target"], list(WAYS).index(x["way"])))
     RESULTS.write_text(to_json(rows))
     print(table(rows))
 
