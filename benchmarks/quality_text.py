@@ -18,8 +18,8 @@ from nuteprune import NutePruneConfig, UserError
 from nuteprune.data.blocks import BlockDataset, HeldOut, held_out_blocks, training_blocks
 from nuteprune.data.demo import TEXTS
 from nuteprune.data.fingerprint import IN_DOMAIN, Fingerprint, held_out_part, kind_of
-from nuteprune.data.mixture import tokens_to_write
 from nuteprune.data.specs import DEMO, iter_documents
+from nuteprune.data.training_text import tokens_to_write
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import mixture
 from nuteprune.judge.context import SEED, copying

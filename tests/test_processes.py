@@ -346,7 +346,7 @@ def test_what_is_dealt_out_is_somebodys_and_nobody_elses(size: int) -> None:
 WRITES = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-from nuteprune.data.openings import Openings
+from nuteprune.data.tokens import Openings
 from nuteprune.data.writing import TextInProgress, write_batch
 torch.distributed.init_process_group("gloo")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])

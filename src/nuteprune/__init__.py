@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nuteprune.data.blocks import training_blocks as training_blocks
-    from nuteprune.data.calibration import calibration_blocks as calibration_blocks
+    from nuteprune.data.training_text import calibration_blocks as calibration_blocks
     from nuteprune.errors import RunFailed as RunFailed
     from nuteprune.errors import UserError as UserError
     from nuteprune.export.loading import load_pruned as load_pruned
@@ -32,7 +32,7 @@ _HOMES = {
     "NutePruneTrainer": "train.trainer",
     "RunFailed": "errors",
     "UserError": "errors",
-    "calibration_blocks": "data.calibration",
+    "calibration_blocks": "data.training_text",
     "load_pruned": "export.loading",
     "prepare": "train.prepare",
     "slice_model": "stages.slice",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
 from nuteprune.data.blocks import HeldOut
-from nuteprune.data.mixture import Mixture
+from nuteprune.data.training_text import Mixture
 from nuteprune.export.loading import in_dtype
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks

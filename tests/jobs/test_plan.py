@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from nuteprune.console import Output, megabytes
 from nuteprune.data.blocks import JUDGED
-from nuteprune.data.mixture import tokens_to_write
+from nuteprune.data.training_text import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import load_config

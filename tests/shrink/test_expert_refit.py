@@ -17,7 +17,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.shrink.least_squares import RIDGE, fit_projections
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages import Prunable
 from nuteprune.stages.refit import refit
 from tests.families import MIXTURES
 from tests.train.conftest import make, metrics

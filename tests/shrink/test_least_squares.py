@@ -24,7 +24,7 @@ from nuteprune.shrink.least_squares import (
     ridge_fit,
     ridge_of,
 )
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages import Prunable
 from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator

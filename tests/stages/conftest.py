@@ -15,7 +15,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.products import Products
 from nuteprune.progressive.config import ProgressiveConfig
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages import Prunable
 from nuteprune.train.cut import Cut
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator

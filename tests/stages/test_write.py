@@ -22,7 +22,7 @@ from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nuteprune.data import writing
-from nuteprune.data.openings import TEMPERATURE, Openings, openings
+from nuteprune.data.tokens import TEMPERATURE, Openings, openings
 from nuteprune.data.writing import draw
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
 from nuteprune.data.blocks import BlockDataset, collated
-from nuteprune.data.calibration import calibration_blocks
+from nuteprune.data.training_text import calibration_blocks
 from nuteprune.products import read_tensors
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.train import checkpoints

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.data.openings import TEXT_TOKENS, Openings
+from nuteprune.data.tokens import TEXT_TOKENS, Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name, evaluating, heads_as_tokens
 from nuteprune.processes import agree

@@ -24,17 +24,18 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Priced
-from nuteprune.gates.frontier import (
+from nuteprune.gates.masks import Masks
+from nuteprune.gates.options import (
+    Constraints,
     Frontier,
+    Options,
     are_proportional,
     cheapest_steps,
     frontier,
     shared_options,
     steps_by_price,
 )
-from nuteprune.gates.masks import Masks
-from nuteprune.gates.options import Constraints, Options, layer_masks, top
-from nuteprune.gates.scores import Scores, chance
+from nuteprune.gates.scores import Scores, chance, layer_masks, top
 from nuteprune.model.shape import LayerShape, Shape
 
 

@@ -1,24 +1,42 @@
-"""The ways to keep part of a block: steps, their loss, their price, and which units stay then.
+"""The ways to keep part of a block, and the least loss for each amount that all blocks give up.
 
-Shape suffixes: G KV heads, R query heads of each, E experts, F neurons of each.
+A block has few options, and layers are independent, so dynamic programming is exact.
+
+Shape suffixes: G KV heads, R query heads of each, E experts, F neurons of each, S steps given up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from nuteprune.gates.costs import Priced
-from nuteprune.gates.frontier import Array, Option
 from nuteprune.model.shape import LayerShape, Shape
 
+Array = NDArray[np.float64]
 NOTHING = LayerShape(0, 0, 0)
 """What is left of a layer whose blocks are gone."""
+FINEST = 20_000
+"""How many steps a price is divided into, over all layers, at most."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to keep part of a block: steps given up, loss, price of what stays, its counts."""
+
+    steps: int
+    loss: float
+    coefficient: float
+    constant: float
+    kept: LayerShape
+
+    def price(self, width: int) -> float:
+        """Return the price at a width."""
+        return self.coefficient * width + self.constant
 
 
 @dataclass(frozen=True)
@@ -186,60 +204,120 @@ def _counts(total: int, multiple: int, floor: int) -> list[int]:
     return [total, *multiples, *([floor] if 0 < floor < total else [])]
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """Return a 0/1 mask of the `count` highest scores; ties go to the lower index."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    mask = torch.zeros_like(scores, dtype=torch.float32)
-    mask[order[:count]] = 1.0
-    return mask
+# -- all blocks together
 
 
-def layer_masks(
-    old: LayerShape, new: LayerShape, scores: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return one layer's 0/1 masks: the highest scores within the new counts.
+@dataclass(frozen=True)
+class Frontier:
+    """Least loss for each number of steps S given up over all layers (inf: cannot be)."""
+
+    loss_S: Array
+    price_2S: Array
+    """Coefficient and constant of the price of what stays."""
+    picks: list[NDArray[np.int64]]
+    options: Sequence[Sequence[Option]]
+
+    def counts(self, steps: int) -> list[LayerShape]:
+        """Return the counts that each layer keeps when `steps` are given up."""
+        kept: list[LayerShape] = []
+        for options, pick in zip(reversed(self.options), reversed(self.picks), strict=True):
+            option = options[pick[steps]]
+            kept.append(option.kept)
+            steps -= option.steps
+        return kept[::-1]
+
+    def after(self, width: int) -> Array:
+        """Return the price (S,) of what stays at a width, inf where nothing has so many steps."""
+        coefficient_S, constant_S = self.price_2S
+        return np.where(np.isfinite(self.loss_S), coefficient_S * width + constant_S, np.inf)
+
+
+def frontier(layers: Sequence[Sequence[Option]]) -> Frontier:
+    """Combine the options of independent layers: exact dynamic programming over steps."""
+    loss_S, price_2S = np.zeros(1), np.zeros((2, 1))
+    picks = []
+    for options in layers:
+        size = len(loss_S) + max(o.steps for o in options)
+        best_S, pick_S = np.full(size, np.inf), np.zeros(size, dtype=np.int64)
+        grown_2S = np.zeros((2, size))
+        for i, option in enumerate(options):
+            window = slice(option.steps, option.steps + len(loss_S))
+            better = loss_S + option.loss < best_S[window]
+            best_S[window][better] = (loss_S + option.loss)[better]
+            pick_S[window][better] = i
+            line_21 = np.array([[option.coefficient], [option.constant]])
+            grown_2S[:, window][:, better] = (price_2S + line_21)[:, better]
+        loss_S, price_2S = best_S, grown_2S
+        picks.append(pick_S)
+    return Frontier(loss_S, price_2S, picks, layers)
+
+
+def steps_by_price(layers: Sequence[Sequence[Option]], width: int) -> list[list[Option]]:
+    """Return the options of layers, with steps that measure the fall of their price at a width.
+
+    The steps are exact where prices are whole numbers with a divisor that is large enough, else
+    rounded down: what an option costs is counted exactly all the same.
 
     Args:
-        old: the layer's counts.
-        new: those that it is cut to.
-        scores: kind of gate, `hidden` excepted -> loss of removing each unit (n,).
+        layers: the options of each layer, the whole one first.
+        width: the hidden width.
     """
-    masks = {k: torch.ones_like(v, dtype=torch.float32) for k, v in scores.items()}
-    if "attn_block" in masks and not new.mixes:
-        masks["attn_block"].zero_()
-    if "mlp_block" in masks and not new.mlp:
-        masks["mlp_block"].zero_()
-    if "neurons" in masks and new.neurons:
-        masks["neurons"] = top(scores["neurons"], new.neurons)
-    if new.experts:
-        masks |= _expert_masks(old, new, scores)
-    if not new.attention:
-        return masks
-    lost_G = torch.zeros(old.kv_heads)
-    if "heads" in masks and old.heads_per_group > 1:
-        heads_GR = scores["heads"].reshape(old.kv_heads, -1)
-        kept_GR = torch.stack([top(row, new.heads_per_group) for row in heads_GR])
-        lost_G = (heads_GR * (1 - kept_GR)).sum(1)
-        masks["heads"] = kept_GR.flatten()
-    elif "heads" in masks and "kv_groups" not in masks:  # else the group of one head decides
-        masks["heads"] = top(scores["heads"], new.heads)
-    if "kv_groups" in masks:
-        whole_G = scores["kv_groups"]
-        masks["kv_groups"] = top(whole_G - lost_G.to(whole_G), new.kv_heads)
-    return masks
+    gone = [[max(0.0, own[0].price(width) - o.price(width)) for o in own] for own in layers]
+    amounts = [float(x) for own in gone for x in own]
+    most = sum(map(max, gone))
+    step = 0.0
+    if all(x.is_integer() for x in amounts):
+        step = math.gcd(*map(int, amounts))
+    if most > FINEST * step:
+        step = most / FINEST
+    return [
+        [replace(o, steps=int(x // (step or 1))) for o, x in zip(own, xs, strict=True)]
+        for own, xs in zip(layers, gone, strict=True)
+    ]
 
 
-def _expert_masks(
-    old: LayerShape, new: LayerShape, scores: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the 0/1 masks of one layer's experts and of their neurons, as far as scored."""
-    masks: dict[str, Tensor] = {}
-    lost_E = torch.zeros(old.experts)
-    if "expert_neurons" in scores:
-        inner_EF = scores["expert_neurons"].reshape(old.experts, -1)
-        kept_EF = torch.stack([top(row, new.expert_neurons) for row in inner_EF])
-        lost_E = (inner_EF * (1 - kept_EF.to(inner_EF))).sum(1)
-        masks["expert_neurons"] = kept_EF.flatten()
-    if "experts" in scores:
-        masks["experts"] = top(scores["experts"] - lost_E.to(scores["experts"]), new.experts)
-    return masks
+def are_proportional(layers: Sequence[Sequence[Option]]) -> bool:
+    """Return whether a step frees as much at any width, for all options."""
+    freed = [
+        (o.steps, own[0].coefficient - o.coefficient, own[0].constant - o.constant)
+        for own in layers
+        for o in own[1:]
+    ]
+    return all(
+        steps * first[1] == first[0] * coefficient and steps * first[2] == first[0] * constant
+        for first in freed[:1]
+        for steps, coefficient, constant in freed
+    )
+
+
+def shared_options(layers: Sequence[Sequence[Option]]) -> list[Option]:
+    """Return the options that all layers have, summed up (uniform shapes)."""
+    tables = [{o.kept: o for o in options} for options in layers]
+    common = [kept for kept in tables[0] if all(kept in table for table in tables)]
+    rows = [[table[kept] for table in tables] for kept in common]
+    return [
+        Option(
+            row[0].steps,
+            sum(o.loss for o in row),
+            sum(o.coefficient for o in row),
+            sum(o.constant for o in row),
+            row[0].kept,
+        )
+        for row in rows
+    ]
+
+
+def cheapest_steps(
+    loss_S: Array, first: NDArray[np.int64], after_S: Array, floor: Array
+) -> NDArray[np.int64]:
+    """Return the steps of least loss, from `first` on, that leave no less than `floor`.
+
+    More steps can cost less where a whole block is cheaper than most of its neurons.
+    """
+    last = np.maximum(first, np.searchsorted(-after_S, -floor, side="right") - 1)
+    best = first.copy()
+    for more in range(1, int((last - first).max()) + 1):
+        steps = np.minimum(first + more, last)
+        better = loss_S[steps] < loss_S[best]
+        best[better] = steps[better]
+    return best

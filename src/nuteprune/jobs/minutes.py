@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output, duration
-from nuteprune.data.mixture import tokens_to_write
+from nuteprune.data.training_text import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.folder import is_stated

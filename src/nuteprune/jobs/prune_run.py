@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from nuteprune.console import Bars, megabytes
 from nuteprune.data.blocks import checked_shares
 from nuteprune.data.fingerprint import Fingerprint, text_entry
-from nuteprune.data.mixture import GUARD, Mixture, tokens_to_write
 from nuteprune.data.tokens import check_positions
+from nuteprune.data.training_text import GUARD, Mixture, tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
@@ -312,8 +312,7 @@ def text_of(
         count=config.blocks,
         to_write=own if written is None else 0,
         seed=config.seed,
-        column=job.text_column,
-        vocabulary=model.embedding.weight.shape[0],
+        how={"text_column": job.text_column, "vocab_size": model.embedding.weight.shape[0]},
         written=written,
     )
     if job.own_text is not None:

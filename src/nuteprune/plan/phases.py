@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from nuteprune.data.blocks import JUDGED
-from nuteprune.data.mixture import GUARD, tokens_to_write
-from nuteprune.data.openings import TEXT_TOKENS
+from nuteprune.data.tokens import TEXT_TOKENS
+from nuteprune.data.training_text import GUARD, tokens_to_write
 from nuteprune.data.writing import plain_together
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Scores
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages import Prunable
 
 
 def choose(model: Prunable, scores: Scores, target: float | Goal) -> Masks:

@@ -14,7 +14,7 @@ from nuteprune.model.family import Projection
 from nuteprune.model.lora import Weights
 from nuteprune.model.weights import weight_of
 from nuteprune.shrink.least_squares import Fit, InstallStack, fit_projections, low_rank
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages import Prunable
 
 FEWER_DIRECTIONS = 32
 """Rank of a refit where weights are packed, so that LoRA alone can hold it."""

@@ -19,8 +19,8 @@ from nuteprune.console import Progress, counted, silent
 from nuteprune.gates import METHOD
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.scores import Probe, Scores, check_finite
+from nuteprune.stages import Prunable
 from nuteprune.stages.choose import choose
-from nuteprune.stages.prunable import Prunable
 from nuteprune.stages.refit import refit
 
 PLAIN_BATCH = 4

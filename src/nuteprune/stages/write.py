@@ -15,8 +15,7 @@ import torch
 from filelock import FileLock
 from torch.distributed.tensor import DTensor
 
-from nuteprune.data.openings import Openings, openings
-from nuteprune.data.tokens import bos_of, end_of, texts_of
+from nuteprune.data.tokens import Openings, bos_of, end_of, openings, texts_of
 from nuteprune.data.writing import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
@@ -46,8 +45,8 @@ def write(
     """Let a model write text, drawn at temperature 1, and keep it in a file.
 
     A text begins with what the tokenizer begins texts with, or with end-of-text. A drawn token
-    follows, each time another one (`openings.TEMPERATURE`). The model ends the text, after
-    `openings.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
+    follows, each time another one (`tokens.TEMPERATURE`). The model ends the text, after
+    `tokens.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
     the model writes a user's question and the answer, of a block's length at most.
 
     The file is written batch by batch. A second call with the same arguments keeps whole batches

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Progress
-from nuteprune.data.calibration import calibration_blocks
+from nuteprune.data.training_text import calibration_blocks
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Scores

@@ -24,7 +24,7 @@ from nuteprune.model.lora import LoraBank
 from nuteprune.model.weights import is_packed, offload, shard_base, weight_of
 from nuteprune.run_folder import RECORD
 from nuteprune.simulated import has_data
-from nuteprune.stages.prunable import Prunable
+from nuteprune.stages import Prunable
 from nuteprune.train.checks import check_checkpointing, check_given, check_placement
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Progress, silent
 from nuteprune.data.blocks import collated
-from nuteprune.data.calibration import check_text
+from nuteprune.data.training_text import check_text
 from nuteprune.distill.coforward import text_loss
 from nuteprune.distill.losses import Head
 from nuteprune.errors import UserError
