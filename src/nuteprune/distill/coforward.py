@@ -150,11 +150,7 @@ class CoForward:
     """
 
     def __init__(
-        self,
-        anatomy: Anatomy,
-        hooks: MaskHooks,
-        bank: LoraBank,
-        objective: Objective = RELATIVE,
+        self, anatomy: Anatomy, hooks: MaskHooks, bank: LoraBank, objective: Objective = RELATIVE
     ) -> None:
         self.anatomy, self.hooks, self.bank, self.objective = anatomy, hooks, bank, objective
         self._fixed: dict[str, NarrowMasks] = {}
@@ -241,11 +237,7 @@ class CoForward:
             assert theirs_BTD is not None
             if index == 0 and masks is not None:
                 theirs_BTD = scale(theirs_BTD, masks.hidden)
-            with (
-                torch.no_grad(),
-                self.hooks.using(masks),
-                self.bank.using(index, teacher.lora),
-            ):
+            with torch.no_grad(), self.hooks.using(masks), self.bank.using(index, teacher.lora):
                 # `forward`, not a call: the layer's own hooks must not run for the teacher.
                 theirs_BTD = _hidden(layer.forward(theirs_BTD, *args[1:], **kwargs))
             passage._running_BTD = theirs_BTD

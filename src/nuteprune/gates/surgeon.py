@@ -29,12 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, check_finite
-from nuteprune.gates.surgeon_costs import (
-    lengths,
-    neuron_costs,
-    removal_costs,
-    watched_experts,
-)
+from nuteprune.gates.surgeon_costs import lengths, neuron_costs, removal_costs, watched_experts
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.forwards import in_place_of, noting_calls
 from nuteprune.model.layerwise import Layerwise

@@ -229,12 +229,7 @@ DENSE = (
     variant(OLMO2, "olmo2", gguf=("olmo2",)),
     variant(OLMO2, "olmo3"),
     variant(PLAIN, "helium", heads_fill_width=True, rope_pairs="neighbours"),
-    variant(
-        LAYER_NORM,
-        "starcoder2",
-        mlp=mlp("mlp.c_fc", "mlp.c_proj"),
-        gguf=("starcoder2",),
-    ),
+    variant(LAYER_NORM, "starcoder2", mlp=mlp("mlp.c_fc", "mlp.c_proj"), gguf=("starcoder2",)),
     variant(LAYER_NORM, "nemotron", mlp=PLAIN_MLP, norm="layer_1p", gguf=("nemotron",)),
     variant(LAYER_NORM, "olmo", attention_clip="clip_qkv", gguf=("olmo",)),
     variant(

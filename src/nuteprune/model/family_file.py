@@ -121,8 +121,7 @@ class FamilyFile:
             )
         if strays := [x for x in found[:-1] if x.columns != "hidden"]:
             raise self.wrong(
-                (*key, strays[0].path),
-                "all but the last must read the residual stream: hidden ->",
+                (*key, strays[0].path), "all but the last must read the residual stream: hidden ->"
             )
         return tuple(found)
 

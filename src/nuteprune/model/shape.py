@@ -134,10 +134,7 @@ COUNTS = (*DENSE_COUNTS, "experts", "expert_neurons")
 MLP_COUNTS = COUNTS[2:]
 BLOCKS = ("attention", "mlp")
 """Keys that a layer's row has as false where that block was removed."""
-SAID = {x: x for x in COUNTS} | {
-    "kv_heads": "KV heads",
-    "expert_neurons": "neurons of each expert",
-}
+SAID = {x: x for x in COUNTS} | {"kv_heads": "KV heads", "expert_neurons": "neurons of each expert"}
 """A layer's counts, as people are told them."""
 
 

@@ -82,9 +82,7 @@ class PruneSettings:
         choices=METHOD_NAMES,
     )
     calibration_blocks: int = setting(
-        "Blocks of text for the scores; the refit reads 4.5 times as many.",
-        32,
-        bounds=(1, 1e6),
+        "Blocks of text for the scores; the refit reads 4.5 times as many.", 32, bounds=(1, 1e6)
     )
     text_blocks: int | None = setting(
         "Blocks of text that the run reads. Default: as many as it needs.", bounds=(1, 1e9)
