@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -148,10 +148,27 @@ def made_once(
     Raises:
         UserError: the cache cannot be written.
     """
-    if not is_there(target) or _beside(target).exists():  # to be made, or tidied up after
-        with _workspace(target) as work:
-            if not is_there(target):  # else another process was faster
-                os.replace(make(work), target)
+    # Leftovers there are of a running or a dead process.
+    work = target.with_name(f".{target.name}.partial")
+    if is_there(target) and not work.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            shutil.rmtree(work, ignore_errors=True)  # under the lock, it is left from a dead run
+            work.mkdir()
+            try:
+                if not is_there(target):  # else another process was faster
+                    os.replace(make(work), target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # the latter where weights do not fit on the disk
+        if isinstance(error, OSError) and error.errno is None:  # raised by transformers: a defect
+            raise
+        raise UserError(
+            f"the cache {target.parent} cannot be written ({error}): make room or permission "
+            "there, or set NUTEPRUNE_CACHE to another folder"
+        ) from error
     return target
 
 
@@ -264,33 +281,6 @@ def convert_gguf(gguf: Path, folder: Path, **how: Any) -> PreTrainedTokenizerBas
         vars(model).pop("hf_quantizer", None)  # its work is done, but save_pretrained refuses
         model.save_pretrained(folder)
     return tokenizer
-
-
-def _beside(target: Path) -> Path:
-    """Return where `target` is made; leftovers there are of a running or a dead process."""
-    return target.with_name(f".{target.name}.partial")
-
-
-@contextmanager
-def _workspace(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target`, to one process at a time, and remove it afterwards."""
-    work = _beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            shutil.rmtree(work, ignore_errors=True)  # under the lock, it is left from a dead run
-            work.mkdir()
-            try:
-                yield work
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # the latter where weights do not fit on the disk
-        if isinstance(error, OSError) and error.errno is None:  # raised by transformers: a defect
-            raise
-        raise UserError(
-            f"the cache {target.parent} cannot be written ({error}): make room or permission "
-            "there, or set NUTEPRUNE_CACHE to another folder"
-        ) from error
 
 
 def _download(requirement: str, folder: Path) -> None:

@@ -123,11 +123,7 @@ SCALED = replace(
 )
 """The config multiplies embeddings and what blocks write, and divides logits."""
 
-UNGROUPED = {
-    "heads": "num_attention_heads",
-    "neurons": "intermediate_size",
-    "hidden": "hidden_size",
-}
+UNGROUPED = {k: CONFIG_NAMES[k] for k in ("heads", "neurons", "hidden")}
 """Names in a config without KV heads."""
 
 DENSE = (

@@ -131,8 +131,7 @@ class Family:
     mixer: tuple[Projection, ...] = ()
     """Projections of what mixes tokens in other layers than attention, or beside it: a recurrence
     or a convolution; the last one writes to the residual stream."""
-    mixer_module: str = ""
-    """The module that these are part of."""
+
     mixer_follows_width: bool = False
     """The stock class derives the mixer's inner width from the hidden size."""
     layers: str = "model.layers"
@@ -166,9 +165,7 @@ class Family:
     """The stock class's output projection is as wide as it is high: heads x head_dim = hidden."""
     vllm_head_dim_from_hidden: bool = False
     """vLLM's own class derives it so, whatever the config says."""
-    vllm_backend: bool = True
-    """vLLM's Transformers backend computes the type in free shapes: it keeps no state of mixers,
-    knows latent attention by stock model types, and does not load Llama 4's stacks of experts."""
+
     latent: tuple[str, ...] = ()
     """Config attributes whose sum is what a cache holds of a token, whatever the heads: the size
     of the latent, and the features that are rotated beside it."""
@@ -233,6 +230,21 @@ class Family:
         """Projections with at least one side that no gate cuts."""
         sides = ((p, {p.columns, *p.rows}) for p in self.attention + self.mixer)
         return tuple(p for p, axes in sides if axes & {"mixer", "latent"})
+
+    @property
+    def mixer_module(self) -> str:
+        """The module that the mixer's projections are part of, "" without a mixer."""
+        return self.mixer[-1].path.rpartition(".")[0] if self.mixer else ""
+
+    @property
+    def vllm_backend(self) -> bool:
+        """Whether vLLM's Transformers backend computes the type in free shapes.
+
+        It keeps no state of mixers, knows latent attention by stock model types, and does not load
+        stacks of experts that weigh their inputs (Llama 4's).
+        """
+        experts = self.experts
+        return not (self.mixer or self.latent or (experts and experts.weighed_first))
 
     @property
     def attention_modules(self) -> tuple[str, ...]:
