@@ -82,8 +82,7 @@ def check_room(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise RunFailed(
-            f"cannot write {path}: it takes {size:,} bytes, and {free:,} are free there; make room "
-            "and do the same again"
+            f"cannot write {path}: it takes {size:,} bytes, and {free:,} are free there; make room"
         )
 
 

@@ -139,9 +139,7 @@ def cell_text(
         return _well_formed(render(chat_turns(cell, place), place, tokenizer))
     if isinstance(cell, str):
         return _well_formed(cell)
-    raise UserError(
-        f"{where}: column '{name}' holds {type(cell).__name__}, not text; name another text column"
-    )
+    raise UserError(f"{where}: column '{name}' holds {type(cell).__name__}, not text; name another")
 
 
 def _well_formed(text: str) -> str:

@@ -118,9 +118,7 @@ def _rows(
         return None
     text = [file for file, rows in each if rows is None]
     if text and not among_text:
-        raise UserError(
-            f"{text[0]}: plain text among files of rows; pass either of them as a folder of its own"
-        )
+        raise UserError(f"{text[0]}: plain text among files of rows; pass each in its own folder")
     return itertools.chain.from_iterable(rows for _, rows in each if rows is not None)
 
 

@@ -62,9 +62,7 @@ class Allocator:
             _grouped([x.experts > 0 for x in layers]),
         )
         if constraints.uniform and not budget.shape.uniform:
-            raise UserError(
-                "uniform shapes need layers that are alike, and these differ: use --shapes free"
-            )
+            raise UserError("uniform shapes need layers alike, and these differ: use --shapes free")
 
     def shape(self, scores: Scores, asked: float | Goal) -> Shape:
         """Return the shape of least loss within the goal.

@@ -245,8 +245,7 @@ def seconds_of(table: Mapping[str, Any], budget: Budget, phase: str) -> Seconds:
         found = Seconds(budget, attention, mlp, seconds_in(table["rest"]))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"the table of costs cannot be read ({type(error).__name__}: {error}); write one with "
-            f"{MEASURE}"
+            f"the table of costs cannot be read ({type(error).__name__}: {error}): run {MEASURE}"
         ) from error
     _check_reach(found, budget)
     return found
@@ -267,9 +266,7 @@ def check_model(table: Mapping[str, Any], budget: Budget) -> None:
     }
     for name, value in here.items():
         if table[name] != value:
-            raise UserError(
-                f"the table of costs is of {name} {table[name]}, not {value}: run {MEASURE}"
-            )
+            raise UserError(f"the costs are of {name} {table[name]}, not {value}: run {MEASURE}")
 
 
 def _check_reach(found: Seconds, budget: Budget) -> None:

@@ -56,9 +56,7 @@ class Masks:
     def __init__(self, layout: Layout, values: Mapping[str, Tensor]) -> None:
         self.layout = layout
         self.values = dict(values)
-        self._parts = {
-            kind: value.split(layout.sizes[kind], dim=-1) for kind, value in self.values.items()
-        }
+        self._parts = {k: v.split(layout.sizes[k], dim=-1) for k, v in self.values.items()}
 
     @classmethod
     def open(cls, layout: Layout, kinds: Iterable[str]) -> Masks:

@@ -90,10 +90,7 @@ def check_finite(values: Iterable[Tensor], method: str) -> None:
         RunFailed: if there are any.
     """
     if not all(usual(value.isfinite().all()) for value in values):
-        raise RunFailed(
-            f"scoring by {method} gave scores that are not finite: activations or gradients "
-            "overflow; use --dtype float32"
-        )
+        raise RunFailed(f"scoring by {method} gave scores that are not finite: use --dtype float32")
 
 
 def ranks(layout: Layout, kind: str, scores: Tensor, by_layer: bool = True) -> Tensor:

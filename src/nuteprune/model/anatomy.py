@@ -94,11 +94,9 @@ class Anatomy:
         self.config = self.model.config
         self.family: Family = family_named(self.config.model_type, self.config.to_dict())
         for name, value in self.family.requires.items():
-            if getattr(self.config, name) != value:
-                raise UserError(
-                    f"{self.family.model_type} checkpoints with {name}="
-                    f"{getattr(self.config, name)} are not supported, only {name}={value}"
-                )
+            if (found := getattr(self.config, name)) != value:
+                said = f"{self.family.model_type} checkpoints with {name}={found}"
+                raise UserError(f"{said} are not supported, only {name}={value}")
         self.layers: list[nn.Module] = list(
             cast(nn.ModuleList, self.model.get_submodule(self.family.layers))
         )

@@ -90,9 +90,7 @@ class FamilyFile:
             if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
                 raise self.wrong(key, f"{value!r} must be a list of names")
             if "..." not in words and len(value) != 2:
-                raise self.wrong(
-                    key, f"{value!r} must be two names: of the attention's, of the MLP's"
-                )
+                raise self.wrong(key, f"{value!r} must be two names: the attention's, the MLP's")
             return tuple(value)
         kind, said = (bool, "true or false") if hint is bool else (str, "text")
         if not isinstance(value, kind):

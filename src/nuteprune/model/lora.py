@@ -114,8 +114,7 @@ class LoraBank:
         given = {k: v.shape for k, v in state.items() if not k.endswith(".W")}
         if {k: v.shape for k, v in self.lora().items()} != given:
             raise UserError(
-                "the LoRA weights are not those of this model and these settings: use the run's "
-                "own model and settings"
+                "the LoRA weights are not those of this model and its settings: use the run's own"
             )
 
     @torch.no_grad()

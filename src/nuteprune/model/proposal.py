@@ -145,28 +145,23 @@ def _heads_of(
     else:
         known = {keys: ("kv",), queries: ("q",), queries + 2 * keys: ("q", "kv", "kv")}
     if columns != hidden or rows not in known:
-        raise UserError(
-            f"{path} of {rows} x {columns} is not made of whole heads that read the residual stream"
-        )
+        raise UserError(f"{path} of {rows} x {columns} is not of whole heads that read the stream")
     return known[rows]
 
 
 def _linears(model: PreTrainedModel, passed: Passed) -> dict[str, tuple[int, int]]:
     """Return path -> (rows, columns) of a layer's linear modules, checked to be alike in all."""
-    found = []
+    found, kind = [], model.config.model_type
     for layer in model.get_submodule(passed.layers).children():
         modules = dict(layer.named_modules())
         if conv := [path for path, x in modules.items() if isinstance(x, Conv1D)]:
             raise UserError(
-                f"{model.config.model_type} keeps its weights transposed (Conv1D, in {conv[0]}), "
-                "which no entry states"
+                f"{kind} keeps its weights transposed (Conv1D, in {conv[0]}), which no entry states"
             )
         linears = {path: x for path, x in modules.items() if isinstance(x, nn.Linear)}
         found.append({path: (x.out_features, x.in_features) for path, x in linears.items()})
     if any(x.keys() != found[0].keys() for x in found):
-        raise UserError(
-            f"{model.config.model_type} has layers of several kinds, which no entry states"
-        )
+        raise UserError(f"{kind} has layers of several kinds, which no entry states")
     return found[0]
 
 
@@ -266,10 +261,7 @@ def _scales(config: PreTrainedConfig, passed: Passed) -> dict[str, Any]:
             return found | {"logit_divisor": name}
         if "cap" in name and torch.allclose(value * torch.tanh(raw / value), logits, atol=1e-4):
             return found | {"logit_softcap": name}
-    raise UserError(
-        f"{config.model_type} does something to its logits that its config does not state as "
-        "a factor or a bound"
-    )
+    raise UserError(f"{config.model_type} changes its logits by more than its config states")
 
 
 def _is_multiple(ours: Tensor, theirs: Tensor, value: float) -> bool:

@@ -53,8 +53,7 @@ def refuse_packed(model: PreTrainedModel) -> None:
     """
     if is_packed(model):
         raise UserError(
-            "the model's weights are quantised, and only whole ones can be exported: pass the "
-            "checkpoint that it was made of"
+            "weights are quantised, and only whole ones can be exported: pass the dense checkpoint"
         )
 
 

@@ -61,9 +61,7 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
                 "or leave progressive out"
             )
         if gate_type.trained and not self.max_steps:
-            raise UserError(
-                f"gate_type {self.gate_type} learns its masks in steps: pass max_steps above 0"
-            )
+            raise UserError(f"{self.gate_type} learns its masks in steps: pass max_steps above 0")
         if not gate_type.ranked and self.method != METHOD:
             raise UserError(
                 f"gate_type {self.gate_type} starts all units alike, so method {self.method} has "
@@ -76,8 +74,7 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
             )
         if gate_type.trained and optimizer not in ASCENDING:
             raise UserError(
-                f"the Lagrangian's multipliers ascend, which optim {optimizer} cannot do: leave "
-                "optim out"
+                f"the Lagrangian's multipliers ascend, which optim {optimizer} cannot: leave it out"
             )
 
     def schedule(self, target: float) -> Schedule:

@@ -185,9 +185,7 @@ class Teachers:
             if not path.is_file():
                 raise UserError(f"cannot resume: the teacher {path} is gone")
             if file_sum(path) != expected:
-                raise UserError(
-                    f"cannot resume: the teacher {path} is damaged: its SHA-256 is another"
-                )
+                raise UserError(f"cannot resume: the teacher {path} is damaged, by its SHA-256")
         self.sparsities, self.sums = list(sparsities), list(sums)
         self._loaded = None
 

@@ -44,8 +44,7 @@ class Merges:
         model = content.get("model") or {}
         if model.get("type") != "BPE":
             raise UserError(
-                f"the tokenizer is of type {model.get('type') or 'unknown'}; a vocabulary can be "
-                "made smaller of BPE tokenizers (tokenizer.json) alone"
+                f"the tokenizer is of type {model.get('type')}; only BPE can be made smaller"
             )
         self.ids: dict[str, int] = dict(model["vocab"])
         self.added = {x["content"]: int(x["id"]) for x in content.get("added_tokens") or ()}

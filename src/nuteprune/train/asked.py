@@ -144,7 +144,7 @@ def sparsities(given: Any) -> tuple[float, ...]:
         return tuple(float(x) for x in _each(given))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.3,0.5"
+            f"sparsity is {given!r}, neither a share nor several: write 0.2, or 0.2,0.5"
         ) from error
 
 

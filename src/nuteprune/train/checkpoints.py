@@ -143,9 +143,7 @@ class AtomicTrainer(PushesCheckpoint):
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
             if (home := Path(checkpoint).resolve().parent) != run.resolve():
-                raise UserError(
-                    f"{checkpoint} is of a run in another folder: set output_dir to {home}"
-                )
+                raise UserError(f"{checkpoint} is of a run elsewhere: set output_dir to {home}")
             now = self.settings()
             also = ["max_steps"] if now.get("progressive") else []
             if self.args.max_steps <= 0:  # passes over the text are counted in steps of this size
@@ -309,8 +307,7 @@ class AtomicTrainer(PushesCheckpoint):
                 logged = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self.metrics_file} is damaged in line {number}: no step can be read; remove "
-                    "the line to resume without it"
+                    f"{self.metrics_file} is damaged: remove its line {number} to resume without it"
                 ) from error
             if logged > step:
                 break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
@@ -53,9 +52,7 @@ def check_given(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         UserError: naming what to do instead.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UserError(
-            "the model has adapters already: load it anew, or merge_and_unload() those that stay"
-        )
+        raise UserError("the model has adapters already: load it anew, or merge_and_unload() them")
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
         raise UserError(
@@ -97,9 +94,7 @@ def check_placement(args: NutePruneConfig, packed: bool) -> None:
     if args.offload and args.bf16:
         raise UserError("bf16 keeps casts on the device: with offload use --dtype bfloat16 instead")
     if args.sharded and args.world_size < 2:
-        raise UserError(
-            "sharded is for several processes: start them with torchrun, or leave it out"
-        )
+        raise UserError("sharded is for several processes: start them by torchrun, or leave it out")
     if args.sharded and packed:
         raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
 
@@ -117,8 +112,7 @@ def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None
     """
     if args.gradient_checkpointing and "__call__" in vars(GradientCheckpointingLayer):
         raise UserError(
-            f"gradient checkpointing does not work here with transformers {version('transformers')}"
-            ": pip install --upgrade transformers"
+            "gradient checkpointing needs a newer transformers: pip install --upgrade transformers"
         )
     asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
     there = () if args.gradient_checkpointing else model.modules()  # else the settings' replaces it

@@ -137,9 +137,7 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
             self.ddp_find_unused_parameters = self.has_unused_parameters
         check_combinations(self)
         if self.progressive and type(self).PIPELINE == NutePruneConfig.PIPELINE:
-            raise UserError(
-                "progressive settings are those of nuteprune.progressive.config.ProgressiveConfig"
-            )
+            raise UserError("progressive settings are those of nuteprune.progressive.config")
 
     @property
     def losses(self) -> Objective:

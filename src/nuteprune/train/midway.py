@@ -68,9 +68,7 @@ def load_midway(model: PreTrainedModel, checkpoint: Path) -> tuple[PreTrainedMod
     try:
         LoraBank(anatomy).load(weights | state.lora)
     except UserError as error:
-        raise UserError(
-            f"{checkpoint} is not of this model: pass the one that the run prunes as --base"
-        ) from error
+        raise UserError(f"{checkpoint} is not of this model: pass the run's as --base") from error
     if allocator is None:
         return anatomy.model.eval(), None
     masks = Masks(allocator.layout, state.tensors.get("masks") or _product(checkpoint, "choose"))

@@ -167,8 +167,7 @@ class PruneSettings:
         for target in self.targets:
             if not 0 < target < 1:
                 raise UserError(
-                    f"sparsity is {target:g}; it is a share, so it must lie between 0 and 1, both "
-                    "excluded (0.2 removes 20 %)"
+                    f"sparsity is {target:g}; it must lie between 0 and 1, such as 0.2 for 20 %"
                 )
         if any(a >= b for a, b in pairwise(self.targets)):
             told = ", ".join(f"{t:g}" for t in self.targets)

@@ -17,7 +17,7 @@ from nuteprune.export.checkpoint import header_bytes
 from nuteprune.files import at_home
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.budget import Budget
-from nuteprune.gates.costs import Cost, Goal, Seconds, Uncounted, seconds_of
+from nuteprune.gates.costs import MEASURE, Cost, Goal, Seconds, Uncounted, seconds_of
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape
 from nuteprune.model.weights import count
@@ -119,9 +119,7 @@ class Prices:
         """Return the goal for a target in parameters, bytes or speed."""
         if asked.kind == "speedup":
             if self.seconds is None:
-                raise UserError(
-                    f"{asked} needs costs, which nuteprune bench MODEL --save-costs FILE writes"
-                )
+                raise UserError(f"{asked} needs a table of costs: run {MEASURE}")
             before = self.seconds.total(self.seconds.budget.shape)
 
             def fastest(least: float) -> str:
@@ -188,9 +186,7 @@ def run_targets(allocator: Allocator, args: NutePruneConfig, prices: Prices) -> 
     allocator.shape(allocator.equal_scores(), found[-1].goal)
     for a, b in pairwise(found):
         if a.sparsity >= b.sparsity:
-            raise UserError(
-                f"{a.asked} and {b.asked} come to the same model: ask for two further apart"
-            )
+            raise UserError(f"{a.asked} and {b.asked} come to the same model: ask for one of them")
     return tuple(found)
 
 
@@ -237,6 +233,5 @@ def check_reached(record: Mapping[str, Any]) -> None:
     asked = record["asked"]
     if asked["kind"] in COUNTED and reached(record) > asked["value"]:
         raise RunFailed(
-            f"the target was missed: {reached(record):.0f} where {asked['kind']} was to be "
-            f"{asked['value']:.0f} at most"
+            f"the target was missed: {reached(record):.0f}, not {asked['value']:.0f} at most"
         )

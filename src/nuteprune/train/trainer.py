@@ -281,9 +281,8 @@ class NutePruneTrainer(Distiller):
         if self.sliced is None:
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        written = save(
-            self.sliced, Path(folder), tokenizer, **{**self._about(self.sliced), **record}
-        )
+        about = self._about(self.sliced) | record
+        written = save(self.sliced, Path(folder), tokenizer, **about)
         self.saved = Path(folder)
         return written
 
