@@ -1,4 +1,4 @@
-"""The main job on one screen: eight stages, each a module of `stages`, in order.
+"""The main job on one screen: eight stages in order, most of them modules of `stages`.
 
     write    the dense model writes its share of the text
     score    what each unit costs
