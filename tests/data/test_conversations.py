@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerFast
 
-from nuteprune.data.conversations import Stretch, encode
+from nuteprune.data.examples import Stretch, encode
 from nuteprune.distill.losses import IGNORED
 
 

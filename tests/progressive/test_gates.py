@@ -11,8 +11,7 @@ from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 from nuteprune.progressive import hard_concrete
-from nuteprune.progressive.gates import Gates, RankedGates
-from nuteprune.progressive.hard_concrete import HardConcreteGates
+from nuteprune.progressive.gates import Gates, HardConcreteGates, RankedGates
 
 LAYERS, GROUPS, NEURONS, WIDTH = 3, 4, 48, 32
 KINDS = ("kv_groups", "neurons", "hidden")

@@ -11,8 +11,7 @@ from transformers.training_args import OptimizerNames
 from nuteprune.distill.coforward import RELATIVE, Objective
 from nuteprune.errors import UserError
 from nuteprune.gates import METHOD
-from nuteprune.progressive.gates import RankedGates
-from nuteprune.progressive.hard_concrete import HardConcreteGates
+from nuteprune.progressive.gates import HardConcreteGates, RankedGates
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.progressive.teachers import Schedule
 from nuteprune.train.config import NutePruneConfig
