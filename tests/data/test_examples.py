@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.data.blocks import BlockDataset
-from nuteprune.data.examples import holds_instructions, pad, read_examples
+from nuteprune.data.examples import Stretch, encode, holds_instructions, pad, read_examples
 from nuteprune.data.fingerprint import split
 from nuteprune.data.specs import iter_documents
 from nuteprune.distill.losses import IGNORED
@@ -275,3 +275,18 @@ def test_padding_that_examples_bring_is_not_attended_to() -> None:
     given = {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([0, 0, 1, 1, 1])}
     batch = pad([given, {"input_ids": ids, "labels": ids}], padding=0)
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+def test_stretches_go_on_where_the_text_before_them_ends(
+    sentencepiece_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Tokenized apart, each stretch would begin with the space that such tokenizers put first."""
+    parts = [Stretch("the student [/INST]", False), Stretch(" learns a teacher", True)]
+    parts += [Stretch(" [INST] the", False), Stretch(" than", True)]
+    found = encode(parts, sentencepiece_tokenizer, 99)
+    assert found is not None
+    ids, labels = (x.tolist() for x in found)
+    whole = "".join(part.text for part in parts)
+    assert ids == sentencepiece_tokenizer(whole, add_special_tokens=False).input_ids
+    answered = [x for x in labels if x != IGNORED]
+    assert sentencepiece_tokenizer.decode(answered).split() == ["learns", "a", "teacher", "than"]
