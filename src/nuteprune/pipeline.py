@@ -35,7 +35,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.model.weights import bring_home
 from nuteprune.processes import is_main, main_ones
 from nuteprune.products import Products
-from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
+from nuteprune.run_folder import RUN, SAMPLES, SELF_WRITTEN, TEXT
 from nuteprune.stages.judge import Figures, entries, judge, judge_beside
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
@@ -92,8 +92,7 @@ class Run:
         first: the trainer of the first goal.
         trainer_of: makes the trainer of a goal.
         reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
-        folder_of: where a goal's checkpoint goes.
-        run_folder_of: where a goal's products and checkpoints of training go.
+        folder_of: where a goal's checkpoint goes, and in it, as `run/`, its products.
         resumes: whether the run goes on with what is in its folder.
         around: the other parts of a model of several modalities; None: there are none.
         about: further keys of each record.
@@ -110,7 +109,6 @@ class Run:
     trainer_of: Callable[[Target], NutePruneTrainer]
     reload: Callable[[Any], PreTrainedModel]
     folder_of: Callable[[Target], Path]
-    run_folder_of: Callable[[Target], Path]
     resumes: bool
     around: Around | None
     about: Callable[[], Record]
@@ -173,7 +171,9 @@ class Run:
     def cut(self) -> Cut:
         """Return the stages before the first step: score, choose, refit."""
         text, products = self.text.training, self.products
-        return Cut(self.model, self.args, text, products, self.progress, self.run_folder_of)
+        return Cut(
+            self.model, self.args, text, products, self.progress, lambda x: self.folder_of(x) / RUN
+        )
 
     def teach(
         self, goal: Target, masks: Masks | None = None, weights: Weights | None = None

@@ -65,7 +65,6 @@ def found(
         trainer_of=lambda _: run.first,
         reload=lambda _: model,
         folder_of=lambda _: folder,
-        run_folder_of=lambda _: folder,
         resumes=False,
         around=None,
         about=dict,

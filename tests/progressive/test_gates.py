@@ -10,7 +10,7 @@ from nuteprune.gates.masks import Masks
 from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
-from nuteprune.progressive import hard_concrete
+from nuteprune.progressive import gates as hard_concrete
 from nuteprune.progressive.gates import Gates, HardConcreteGates, RankedGates
 
 LAYERS, GROUPS, NEURONS, WIDTH = 3, 4, 48, 32

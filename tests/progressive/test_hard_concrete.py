@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nuteprune.progressive import hard_concrete
+from nuteprune.progressive import gates as hard_concrete
 
 LOG_ALPHA = torch.linspace(-4.5, 4.5, 19, dtype=torch.float64)
 

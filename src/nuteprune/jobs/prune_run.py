@@ -162,7 +162,6 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         trainer_of=trainer_of,
         reload=lambda dtype: sources.load_model(job.dense, dtype),
         folder_of=folder_of,
-        run_folder_of=lambda goal: folder_of(goal) / RUN,
         resumes=job.resume,
         around=whole,
         about=about,

@@ -229,12 +229,7 @@ MIXTURES = (
             transposed=True,
             weighed_first=True,
         ),
-        config_names={
-            **CONFIG_NAMES,
-            "neurons": "intermediate_size_mlp",
-            "experts": "num_local_experts",
-            "expert_neurons": "intermediate_size",
-        },
+        config_names={**_EXPERTS, "neurons": "intermediate_size_mlp"},
         rope_pairs="neighbours",
         refused=GLM4_MOE.refused,
         gguf=("llama4",),
