@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from nuteprune.distill.losses import (
 )
 from nuteprune.gates.masks import Masks, NarrowMasks
 from nuteprune.model.anatomy import Anatomy, no_logits
+from nuteprune.model.forwards import hidden_of
 from nuteprune.model.hooks import MaskHooks, MaskSource, scale
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.model.weights import is_packed
@@ -236,13 +237,13 @@ class CoForward:
             theirs_BTD = passage._running_BTD
             assert theirs_BTD is not None
             if index == 0 and masks is not None:
-                theirs_BTD = scale(theirs_BTD, masks.hidden)
+                theirs_BTD = scale(theirs_BTD, masks.part("hidden", 0))
             with torch.no_grad(), self.hooks.using(masks), self.bank.using(index, teacher.lora):
                 # `forward`, not a call: the layer's own hooks must not run for the teacher.
-                theirs_BTD = _hidden(layer.forward(theirs_BTD, *args[1:], **kwargs))
+                theirs_BTD = hidden_of(layer.forward(theirs_BTD, *args[1:], **kwargs))
             passage._running_BTD = theirs_BTD
             if not (self.objective.as_published and index == len(self.anatomy.layers) - 1):
-                self._add_term(passage, _hidden(output), theirs_BTD, weight_BT)
+                self._add_term(passage, hidden_of(output), theirs_BTD, weight_BT)
 
         # First of all hooks: FSDP2's lets the layer's weights go.
         return layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
@@ -266,11 +267,6 @@ class CoForward:
                     self._add_term(passage, output, passage.teacher_BTD, weight_BT)
 
         return self.anatomy.final_norm.register_forward_hook(hook)
-
-
-def _hidden(output: Any) -> Tensor:
-    """Return a decoder layer's hidden states, whether it returns them alone or in a tuple."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def text_loss(passage: Passage, head: Head, inputs: Mapping[str, Tensor]) -> Tensor:

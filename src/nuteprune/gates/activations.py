@@ -17,6 +17,7 @@ from nuteprune.gates.scores import Probe, Scores
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
+from nuteprune.model.forwards import hidden_of
 from nuteprune.model.weights import weight_of
 from nuteprune.processes import Team
 from nuteprune.simulated import scored
@@ -117,14 +118,14 @@ def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, add: AddStream)
         seen["before"] = _rows(args[0])
 
     def on_write(block: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _, __, output: seen.__setitem__(block, _rows(_first(output)))
+        return lambda _, __, output: seen.__setitem__(block, _rows(hidden_of(output)))
 
     def on_middle(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen["between"] = _rows(args[0])
 
     def on_exit(_: nn.Module, __: Any, output: Any) -> None:
         before_MD = seen.pop("before")
-        after_MD = _rows(_first(output))
+        after_MD = _rows(hidden_of(output))
         if anatomy.family.mixer:
             add(index, before_MD, seen.pop("between", after_MD), after_MD)
             return
@@ -144,10 +145,6 @@ def _watch_layer(anatomy: Anatomy, index: int, layer: nn.Module, add: AddStream)
         module = anatomy.post_norm(index, block) or writer
         handles.append(module.register_forward_hook(on_write(block)))
     return handles
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _rows(x: Tensor) -> Tensor:

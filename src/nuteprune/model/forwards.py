@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -75,6 +75,11 @@ def in_place_of(
 def giving(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> AbstractContextManager[None]:
     """Return a context in which modules return known outputs, whatever they read."""
     return in_place_of(modules, [lambda *_, known=output, **__: known for output in outputs])
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return a module's hidden states, whether it returns them alone or in a tuple."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 @contextmanager

@@ -39,15 +39,11 @@ Selection = tuple[Tensor | None, Tensor | None]
 class MaskSource(Protocol):
     """What the hooks ask of masks; see `nuteprune.gates.masks.Masks`."""
 
-    @property
-    def hidden(self) -> Tensor | None:
-        """Multipliers of the residual stream."""
-
     def inputs(self, layer: int) -> Mapping[str, Tensor | None]:
         """Return `attn_block` and `mlp_block` -> multipliers of their last projection's input."""
 
     def part(self, kind: str, layer: int) -> Tensor | None:
-        """Return a layer's multipliers of a kind."""
+        """Return a layer's multipliers of a kind; `hidden` is the same in all layers."""
 
     def selection(self, layer: int, projection: Projection) -> Selection:
         """Return the rows and columns of a projection that the masks leave to compute."""
@@ -84,10 +80,11 @@ class MaskHooks:
     def __init__(self, anatomy: Anatomy, masks: MaskSource | None = None) -> None:
         self._masks = masks
         self._stack = ExitStack()
-        self._scale_input(anatomy.layers[0], self._hidden)
+        hidden = self._part("hidden", 0)
+        self._scale_input(anatomy.layers[0], hidden)
         for layer in range(len(anatomy.layers)):
             for block, module in anatomy.writers(layer):
-                self._scale_output(module, self._hidden)
+                self._scale_output(module, hidden)
                 added = anatomy.post_norm(layer, block) or module
                 self._scale_output(added, self._part(block, layer))
             for block, projection in anatomy.ends(layer).items():
@@ -97,9 +94,6 @@ class MaskHooks:
                 self._route(mixture, layer)
             for projection in anatomy.family.projections:
                 self._narrow(anatomy.projection(layer, projection), layer, projection)
-
-    def _hidden(self) -> Tensor | None:
-        return None if self.masks is None else self.masks.hidden
 
     def _part(self, kind: str, layer: int) -> Mask:
         return lambda: None if self.masks is None else self.masks.part(kind, layer)

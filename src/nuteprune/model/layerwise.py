@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nuteprune.memory import give_back
 from nuteprune.model.anatomy import Anatomy, no_logits, without_lora
 from nuteprune.model.family import Projection
-from nuteprune.model.forwards import giving, in_place_of, noting_calls
+from nuteprune.model.forwards import giving, hidden_of, in_place_of, noting_calls
 from nuteprune.model.hooks import MaskHooks, MaskSource
 from nuteprune.model.weights import gathered, is_sharded, weight_of
 from nuteprune.processes import ALONE, Team
@@ -277,8 +277,7 @@ class Layerwise:
         kwargs = self._kwargs[len(hidden_BTD)][layer]
         modules = [cast(nn.Module, block.module) for block in self._blocks]
         with in_place_of(modules, [partial(block.forward, batch) for block in self._blocks]):
-            output: Any = self._anatomy.layers[layer].forward(hidden_BTD, **kwargs)
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+            return hidden_of(self._anatomy.layers[layer].forward(hidden_BTD, **kwargs))
 
 
 class _Block:
@@ -331,7 +330,7 @@ class _Block:
 
     def on_output(self, _: nn.Module, __: Any, output: Any) -> None:
         """Record whether the block returns its projection's output as it is."""
-        if (output[0] if isinstance(output, tuple) else output) is not self._written:
+        if hidden_of(output) is not self._written:
             self.module = None
             self.inputs.clear()
         self._written, self._output = None, output

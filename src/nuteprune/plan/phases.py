@@ -317,8 +317,8 @@ class Plan:
         files = self.written.itemsize / self.dtype.itemsize
         refitted, teachers = sizes.refitted * args.refit, 0.0
         if args.progressive:
-            planned = import_module("nuteprune.progressive.plan")
-            teachers = sum(planned.snapshots_of(args, x) for x in self.targets)
+            moving: Any = args
+            teachers = sum(moving.schedule(x).snapshots for x in self.targets)
         # Two are kept, one is written; masks that move are in it with what is refitted.
         checkpoints = 3 * (3 * sizes.adapters + refitted * args.progressive)
         return {

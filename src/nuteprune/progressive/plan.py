@@ -27,11 +27,6 @@ def kinds_of_steps(args: ProgressiveConfig, sparsity: float) -> dict[str, int]:
     return {k: v for k, v in (found | {FIXED: args.max_steps - ramp}).items() if v}
 
 
-def snapshots_of(args: ProgressiveConfig, sparsity: float) -> float:
-    """Return about how many snapshots there will be on the way to a sparsity."""
-    return args.schedule(sparsity).snapshots
-
-
 def begin(trainer: NutePruneTrainer, masks: Masks) -> None:
     """Give a trainer the masks of a step at its target: these, if they are fixed from the start.
 
