@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune import run
+from nuteprune import pipeline
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.distill.coforward import CoForward, Role
@@ -78,7 +78,9 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     monkeypatch.setattr(copying_losses, "LENGTH", 16)
     monkeypatch.setattr(context, "SEQUENCES", 2)
     monkeypatch.setattr(demo, "TIMED", Workload(batch_size=1, length=16, new_tokens=2))
-    monkeypatch.setattr(run, "judge_beside", partial(run.judge_beside, tokens=2, blocks=3))
+    monkeypatch.setattr(
+        pipeline, "judge_beside", partial(pipeline.judge_beside, tokens=2, blocks=3)
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     out, err = capsys.readouterr()
