@@ -29,8 +29,7 @@ UNSUPPORTED = {
 """transformers' settings that no run supports -> why, and what to do."""
 UNSUPPORTED_HERE = {
     "auto_find_batch_size": "would begin anew in the middle: pass a smaller batch",
-    "fp16": "with loss scaling is not supported: use bf16, or load the model in the dtype to "
-    "compute in (--dtype)",
+    "fp16": "with loss scaling is not supported: use bf16, or load the model in another dtype",
     "bf16_full_eval": "would round the model: leave it out",
     "fp16_full_eval": "would round the model: leave it out",
 }
@@ -39,8 +38,7 @@ UNSUPPORTED_ARGUMENTS = {
     "optimizers": "would not have what is trained, since LoRA is added here: use the settings "
     "optim and lr_scheduler_type, or optimizer_cls_and_kwargs",
     "compute_loss_func": "is not called: the losses are those of objective",
-    "compute_metrics": "needs logits, which are never held: leave it out; eval_loss, the "
-    "language-model loss, is there",
+    "compute_metrics": "needs logits, which are never held: leave it out; there is eval_loss",
 }
 """The same of the arguments of `transformers.Trainer`."""
 
