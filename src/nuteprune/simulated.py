@@ -12,24 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 T = TypeVar("T")
 
 
-class Watch:
-    """Receives facts from a run's code that tensors do not show; see `watches`.
-
-    `times`: how many times the products of the moment count.
-    """
-
-    times = 1
-
-    def leave(self, tensor: Tensor) -> None:
-        """Stop counting a tensor: it is mapped from a file, or in main memory."""
-
-    def once(self, key: Any, work: Callable[[], Any]) -> Any:
-        """Do some work, or count it as it was counted before under this key."""
-        return work()
-
-
-watches: list[Watch] = []
-"""Who is told; nobody in a run."""
+watches: list[Any] = []
+"""Who is told facts of a run's code that tensors do not show: each `plan.live.Live` that counts, and
+nobody in a run."""
 
 
 def has_data(tensor: Tensor) -> bool:

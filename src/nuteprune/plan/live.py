@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nuteprune.simulated import Watch, watches
+from nuteprune.simulated import watches
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -58,13 +58,14 @@ def without_data(model: nn.Module) -> None:
                     tensors[name] = claimed(tensor)  # type: ignore[assignment]
 
 
-class Live(TorchDispatchMode, Watch):
+class Live(TorchDispatchMode):
     """Counts the storages that operations make, while they live, and floating-point operations.
 
     `now` and `peak` are bytes. Temporary memory inside of operations is counted for those in
     `INSIDE` alone. `sizes` are those of products in half precision: a CPU's library makes a kernel
     for each, and keeps it. `fine` are those of `flops` that are not in half precision. A stage that
-    tells `progress` of itself has a peak between each two times in `ticks`.
+    tells `progress` of itself has a peak between each two times in `ticks`. `times` says how many
+    times the products of the moment count.
     """
 
     _done: ClassVar[dict[Any, tuple[Any, int, int, int]]] = {}
@@ -72,6 +73,7 @@ class Live(TorchDispatchMode, Watch):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.flops = self.fine = 0
+        self.times = 1
         self.sizes: set[Any] = set()
         self.ticks: list[int] = []
         self._known: dict[int, int] = {}
