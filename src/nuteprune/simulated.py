@@ -11,10 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 T = TypeVar("T")
 
-
 watches: list[Any] = []
-"""Who is told facts of a run's code that tensors do not show: each `plan.live.Live` that counts, and
-nobody in a run."""
+"""Who is told what tensors do not show: each `plan.live.Live` that counts; nobody in a run."""
 
 
 def has_data(tensor: Tensor) -> bool:
