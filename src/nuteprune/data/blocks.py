@@ -299,4 +299,6 @@ def _training_tokens(
 
 def _check_size(length: int, count: int) -> None:
     if length < 2 or count < 1:
-        raise UserError(f"{count} blocks of {length} tokens: pass at least 1 block of 2 tokens")
+        raise UserError(
+            f"{count} blocks of {length} tokens: pass at least 1 block of at least 2 tokens"
+        )

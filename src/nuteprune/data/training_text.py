@@ -128,7 +128,8 @@ def check_text(dataset: Any, alike: bool = False) -> None:
         raise UserError("train_dataset is empty: pass at least one item with input_ids")
     if "input_ids" not in (item := dataset[0]):
         raise UserError(
-            f"train_dataset has {', '.join(map(str, item))} and no input_ids: pass tokenized text"
+            f"items of train_dataset have {', '.join(map(str, item))} and no input_ids: pass "
+            "tokenized text"
         )
     if alike:
         collated([dataset[i] for i in range(min(FIRST, len(dataset)))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
@@ -92,7 +93,9 @@ def check_placement(args: NutePruneConfig, packed: bool) -> None:
     if args.offload and args.bf16:
         raise UserError("bf16 keeps casts on the device: with offload use --dtype bfloat16 instead")
     if args.sharded and args.world_size < 2:
-        raise UserError("sharded is for several processes: start them by torchrun, or leave it out")
+        raise UserError(
+            "sharded is for several processes: start them with torchrun, or leave it out"
+        )
     if args.sharded and packed:
         raise UserError("weights in 8 or 4 bits cannot be sharded: leave out one of the two")
 
@@ -110,7 +113,8 @@ def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None
     """
     if args.gradient_checkpointing and "__call__" in vars(GradientCheckpointingLayer):
         raise UserError(
-            "gradient checkpointing needs a newer transformers: pip install --upgrade transformers"
+            f"gradient checkpointing does not work here with transformers {version('transformers')}"
+            ": pip install --upgrade transformers"
         )
     asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
     there = () if args.gradient_checkpointing else model.modules()  # else the settings' replaces it

@@ -137,7 +137,9 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
             self.ddp_find_unused_parameters = self.has_unused_parameters
         check_combinations(self)
         if self.progressive and type(self).PIPELINE == NutePruneConfig.PIPELINE:
-            raise UserError("progressive settings are those of nuteprune.progressive.config")
+            raise UserError(
+                "progressive settings are those of nuteprune.progressive.config.ProgressiveConfig"
+            )
 
     @property
     def losses(self) -> Objective:

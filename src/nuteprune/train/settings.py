@@ -163,7 +163,7 @@ def check_declared(settings: Any) -> None:
     for name, x in ours.items():
         value = getattr(settings, name)
         if x.choices and value is not None and value not in x.choices:
-            raise UserError(f"{name} is {value!r}, not one of {', '.join(map(str, x.choices))}")
+            raise UserError(f"{name} is {value!r}; must be one of {', '.join(map(str, x.choices))}")
     bounds = {name: x.bounds for name, x in ours.items() if x.bounds is not None}
     for name, (low, high) in {**TRAINER_BOUNDS, **bounds}.items():
         value = getattr(settings, name, None)
