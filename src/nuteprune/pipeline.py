@@ -1,4 +1,4 @@
-"""The main job on one screen: eight stages in order, most of them modules of `stages`.
+"""The main job on one screen: eight stages, each a module of `stages`, in order.
 
     write    the dense model writes its share of the text
     score    what each unit costs

@@ -1,4 +1,4 @@
-"""The recipe, a module for each stage: write, score, choose, refit, slice, judge.
+"""The recipe, a module for each stage: write, score, choose, refit, slice, judge, save.
 
 They work on a dense model that can be cut, `Prunable`, and leave it as they found it.
 """

@@ -23,14 +23,13 @@ from nuteprune.data.training_text import check_text
 from nuteprune.distill.coforward import text_loss
 from nuteprune.distill.losses import Head
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.record import write_pruned
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
 from nuteprune.model.lora import Learned, Weights
 from nuteprune.model.weights import bring_home
 from nuteprune.products import Products
 from nuteprune.run_folder import SETTINGS
+from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.cut import Cut
@@ -268,7 +267,7 @@ class NutePruneTrainer(Distiller):
             folder: absent, empty, or with nothing but `run/` in it.
             **record: further keys of the record, such as `perplexity`; `base_model` where it
                 is not the folder or hub id that the model was loaded from; `around` where the
-                source checkpoint has other parts, see `write_pruned`.
+                source checkpoint has other parts, see `stages.save`.
 
         Returns:
             The record as it was written; parameter counts are those of the written files. The main
@@ -283,23 +282,21 @@ class NutePruneTrainer(Distiller):
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         about = self._about(self.sliced) | record
-        about.setdefault("perplexity", {"before": {}, "after": {}})
-        model = as_stored(self.sliced.model, self.ready.origin.stored_dtype)
-        written = write_pruned(Path(folder), model, tokenizer, **about)
+        written = save(self.sliced, Path(folder), tokenizer, **about)
         self.saved = Path(folder)
         return written
 
     def _about(self, sliced: Sliced) -> dict[str, Any]:
-        """Return the run's arguments for `write_pruned`."""
+        """Return the run's arguments for `stages.save`."""
         ready, origin, shape = self.ready, self.ready.origin, sliced.shape
         budget = ready.allocator.budget
         if active := ready.prices.of_a_token(shape):
             active["active_before"] += origin.tokens
         return {
             **origin.entries,
-            "params": {"blocks_before": budget.before, "before": origin.parameters, **active},
-            "before": budget.shape,
-            "after": shape,
+            "budget": budget,
+            "parameters": {"before": origin.parameters, **active},
+            "stored_dtype": origin.stored_dtype,
             "config": chosen_settings(self.args),
             "shapes": self.args.shapes,
             "teachers": {"count": len(self.teachers_met()), "sparsities": self.teachers_met()},
