@@ -173,7 +173,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_what_its_model_wrote(
     assert run(*options(model, text, whole, steps=steps))[0] == 0
     asked = options(model, text, out, steps=steps)
     with monkeypatch.context() as patch:
-        patch.setattr("nuteprune.pipeline.Run.judge_dense", stop)
+        patch.setattr("nuteprune.run.Run.judge_dense", stop)
         assert run(*asked)[0] == 130
     written = (out / "run" / "self.jsonl").read_bytes()
     with monkeypatch.context() as patch:

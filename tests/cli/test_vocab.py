@@ -270,7 +270,7 @@ def test_a_vocabulary_is_cut_once(
         assert run(*asked, "--resume")[0] == 130
     with monkeypatch.context() as patch:
         patch.setattr("nuteprune.jobs.vocab.cut", stop)
-        patch.setattr("nuteprune.pipeline.Run.judge_dense", stop)
+        patch.setattr("nuteprune.run.Run.judge_dense", stop)
         assert run(*asked, "--resume")[0] == 130
         patch.undo()
         patch.setattr("nuteprune.jobs.vocab.cut", stop)

@@ -21,12 +21,12 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, print_dry_run
 from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.settings import make_job
-from nuteprune.pipeline import Run
 from nuteprune.plan.need import Need, Unplanned, on_cpu
 from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk
 from nuteprune.products import Products
 from nuteprune.progressive.config import ProgressiveConfig
+from nuteprune.run import Run
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import prepare
 from tests.unplanned import leave_unplanned

@@ -90,16 +90,9 @@ class Mixture:
         self.training.blocks = self._blocks(written).blocks
 
     def _blocks(self, written: Sequence[list[int]]) -> BlockDataset:
-        return training_blocks(
-            self.specs,
-            self.tokenizer,
-            length=self.length,
-            count=self.count,
-            seed=self.seed,
-            shares=self.shares,
-            written=written,
-            **self.how,
-        )
+        size = {"length": self.length, "count": self.count, **self.how}
+        mixed = {"seed": self.seed, "shares": self.shares, "written": written}
+        return training_blocks(self.specs, self.tokenizer, **size, **mixed)
 
     def held_out(self, specs: str | Sequence[str], count: int) -> HeldOut:
         """Return blocks to judge by, source -> (N, T), N at most `count`."""

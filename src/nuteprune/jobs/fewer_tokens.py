@@ -22,7 +22,7 @@ from nuteprune.export.vocabulary import check_spelling, cut_model, cut_tokenizer
 from nuteprune.jobs.job import Job
 from nuteprune.judge.perplexity import bits_per_character
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.pipeline import in_percent
+from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF
 from nuteprune.shrink.token_use import POSITIONS, WINDOW, Windows
 from nuteprune.shrink.vocabulary import Merges, choose

@@ -23,9 +23,9 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, trainer_config
-from nuteprune.pipeline import Run
 from nuteprune.plan.trial import seconds_per_step
 from nuteprune.processes import main_ones
+from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.train.config import NutePruneConfig

@@ -16,10 +16,10 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import seconds_writing, share_to_write
 from nuteprune.jobs.show import describe_target
 from nuteprune.memory import peak, reset_peak
-from nuteprune.pipeline import Run
 from nuteprune.plan.need import Unplanned, on_cpu
 from nuteprune.plan.phases import FORMULA, Phase, Plan
 from nuteprune.plan.trial import seconds_per_step
+from nuteprune.run import Run
 from nuteprune.stages.score import stops_before
 
 BYTES_OF_ADAM = 8

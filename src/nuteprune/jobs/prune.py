@@ -19,8 +19,8 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.jobs.show import print_plan, print_report, print_results
-from nuteprune.pipeline import Run
 from nuteprune.processes import is_main, several_started
+from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.settings import check_same

@@ -27,8 +27,8 @@ from nuteprune.jobs.job import PruneJob, what_it_is
 from nuteprune.jobs.settings import settings_of_user
 from nuteprune.jobs.show import StepProgress
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.pipeline import Run
 from nuteprune.products import Products
+from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SELF
 from nuteprune.stages.write import read_written, room, seconds_to_write
 from nuteprune.train.checks import check_placement

@@ -19,7 +19,7 @@ from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
-from nuteprune.pipeline import Run
+from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.train.asked import spelled
 from nuteprune.train.checkpoints import AtomicTrainer

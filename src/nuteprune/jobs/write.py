@@ -13,7 +13,7 @@ from nuteprune.files import at_home, partial_of, remove, writing
 from nuteprune.jobs.guard import alone, check_file
 from nuteprune.jobs.options import Writing
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype
-from nuteprune.pipeline import in_percent
+from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF_WRITTEN
 from nuteprune.stages.write import write
 

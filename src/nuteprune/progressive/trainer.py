@@ -21,10 +21,10 @@ from nuteprune.data.training_text import calibration_blocks
 from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
-from nuteprune.pipeline import Record, Run
 from nuteprune.processes import agree, is_main
 from nuteprune.progressive.config import GATE_TYPES, ProgressiveConfig
 from nuteprune.progressive.teachers import Teachers
+from nuteprune.run import Record, Run
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import nuteprune
-from nuteprune.pipeline import Run
 from nuteprune.products import Products
+from nuteprune.run import Run
 from nuteprune.run_folder import RECORD
 from tests.undrawn import leave_blank
 
