@@ -90,9 +90,16 @@ class Mixture:
         self.training.blocks = self._blocks(written).blocks
 
     def _blocks(self, written: Sequence[list[int]]) -> BlockDataset:
-        size = {"length": self.length, "count": self.count, **self.how}
-        mixed = {"seed": self.seed, "shares": self.shares, "written": written}
-        return training_blocks(self.specs, self.tokenizer, **size, **mixed)
+        return training_blocks(
+            self.specs,
+            self.tokenizer,
+            length=self.length,
+            count=self.count,
+            seed=self.seed,
+            shares=self.shares,
+            written=written,
+            **self.how,
+        )
 
     def held_out(self, specs: str | Sequence[str], count: int) -> HeldOut:
         """Return blocks to judge by, source -> (N, T), N at most `count`."""
