@@ -57,37 +57,13 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         record: as `record.write_pruned` makes it.
         remote_code: whether the checkpoint brings its modeling file.
     """
-    record = since_dense(record)
-    base_model = _public(record.get("base_model") or "the dense model")
-    perplexities, taught = _perplexities(record), _taught(record)
-    copying, history = record.get("copying", {}), record.get("history", [])
-    copied = [x for x in (copying.get("before"), copying.get("after")) if x is not None]
-    beside = {"answers": answer_rows(record), "context": context_rows(record)}
     return _TEMPLATES.get_template("card.md").render(
-        record=record,
-        remote_code=remote_code,
-        metadata=_metadata(record).to_yaml().strip(),
-        name=_short_name(base_model),
-        base_model=base_model,
-        vocab=next((x["vocab"]["after"] for x in (record, *history[::-1]) if "vocab" in x), None),
-        taught=taught,
-        history=history,
-        paper=_PAPER if taught or record["sparsity"] > 0 else "",
-        perplexities=perplexities,
-        copied=copied if len(copied) == 2 else None,
-        beside=beside,
-        judged=bool(perplexities or len(copied) == 2 or any(beside.values())),
-        judged_by=_judged_by(record),
-        how_copied=copying.get("protocol"),
-        definitions=definitions(record),
-        plots=_PLOTS,
-        layers=_layers(record),
-        text=_calibrated_on(record.get("config", {})),
+        record=since_dense(record), remote_code=remote_code, paper=_PAPER, plots=_PLOTS
     )
 
 
-def _metadata(record: Mapping[str, Any]) -> ModelCardData:
-    """Return the hub's metadata: base model, licence, and the metrics as a model index."""
+def _metadata(record: Mapping[str, Any]) -> str:
+    """Return the hub's metadata as YAML: base model, licence, and the metrics as a model index."""
     base_model = record.get("base_model")
     after = record.get("perplexity", {}).get("after", {})
     results = [
@@ -103,7 +79,7 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     ]
     licence: dict[str, Any] = {key: record.get(key) for key in LICENCE}
     name = f"{_short_name(base_model or 'model')}-pruned-{round(100 * record['sparsity'])}"
-    return ModelCardData(
+    data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text" if record.get("wrapper") else "text-generation",
         tags=["nuteprune", "pruned", "structured-pruning"],
@@ -112,6 +88,7 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         model_name=name if results else None,
         eval_results=results or None,
     )
+    return data.to_yaml().strip()
 
 
 def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,9 +207,6 @@ def _is_hub_id(model: str) -> bool:
     return bool(is_one) and not Path(model).exists()
 
 
-_TEMPLATES.filters |= {"plain": _plain, "shown": _shown}
-
-
 class Row(NamedTuple):
     """A figure of both models, or one of the pruned model alone.
 
@@ -304,3 +278,12 @@ def definitions(record: Mapping[str, Any]) -> list[str]:
         said.append(f"Context: the last tokens of {how['blocks']} blocks of {length}.")
         said += [f"{name}: {text}." for name, text in how["measures"].items()]
     return said
+
+
+_TEMPLATES.filters |= {
+    **{"plain": _plain, "public": _public, "shown": _shown, "short_name": _short_name},
+    **{"metadata": _metadata, "taught": _taught, "perplexities": _perplexities},
+    **{"answer_rows": answer_rows, "context_rows": context_rows, "definitions": definitions},
+    **{"judged_by": _judged_by, "layers": _layers, "calibrated_on": _calibrated_on},
+}
+"""What the card's template says of a record."""

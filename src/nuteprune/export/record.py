@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -210,20 +210,16 @@ Form = Leaf | Mapping[str, Any] | list[Any]
 
 def several(named: str, form: Form) -> Leaf:
     """Return what a list is, which may be empty, whose values are of one form."""
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, list) and not any(unlike(x, form, "") for x in value)
-
-    return Leaf(f"a list of {named}", fits)
+    return Leaf(f"a list of {named}", lambda x: isinstance(x, list) and _are(x, form))
 
 
 def _each(named: str, form: Form) -> Leaf:
     """Return what an object is whose keys are anything, and whose values are of one form."""
+    return Leaf(f"an object of {named}", lambda x: isinstance(x, dict) and _are(x.values(), form))
 
-    def fits(value: Any) -> bool:
-        return isinstance(value, dict) and not any(unlike(x, form, "") for x in value.values())
 
-    return Leaf(f"an object of {named}", fits)
+def _are(values: Iterable[Any], form: Form) -> bool:
+    return all(unlike(x, form, "") is None for x in values)
 
 
 def _or_null(leaf: Leaf) -> Leaf:
@@ -239,7 +235,6 @@ TEXTS = Leaf("text or a list of texts", lambda x: TEXT.fits(x) or several("texts
 KINDS = _each("texts", TEXT)
 FIGURES = _each("numbers above 0", _or_null(ABOVE_0))
 HASHES = Leaf("hexadecimal digits", lambda x: TEXT.fits(x) and not x.strip("0123456789abcdef"))
-NUMBERS = several("numbers", NUMBER)
 _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
 _LAYER = dict.fromkeys(("heads", "kv_heads", "neurons", "experts?", "expert_neurons?"), COUNT)
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
@@ -256,14 +251,12 @@ _CONTEXT = {
     "gain": _BOTH,
     "protocol": {"measures": KINDS, "blocks": COUNT},
 }
-_SPANS = _each("figures of context", _CONTEXT)
 _COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
 _READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
 _TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
 _TUNED["text?"] = _READ
 _TUNED["earlier?"] = _TUNED
 _COST = dict.fromkeys(("seconds", "cpu_seconds", "peak_memory_bytes"), NUMBER)
-_STAGES = _each("what stages took", _COST)
 FORM: dict[str, Any] = {
     "target": NUMBER,
     "sparsity": NUMBER,
@@ -275,12 +268,12 @@ FORM: dict[str, Any] = {
     "hidden": _BEFORE_AFTER,
     "shapes?": TEXT,
     **dict.fromkeys(("base_model?", "license?", "license_name?", "license_link?"), _or_null(TEXT)),
-    "teachers?": {"count": COUNT, "sparsities?": NUMBERS},
+    "teachers?": {"count": COUNT, "sparsities?": several("numbers", NUMBER)},
     "perplexity?": _JUDGED,
     "copying?": {"before?": _or_null(NUMBER), "after?": _or_null(NUMBER), "protocol?": _COPIED},
     "text?": _READ,
     "answers?": _ANSWERS,
-    "context?": _SPANS,
+    "context?": _each("figures of context", _CONTEXT),
     "asked?": {"kind": TEXT, "value": NUMBER},
     "config?": {"model?": _or_null(TEXT), "data?": TEXTS, "length?": SIZE, "eval_blocks?": SIZE}
     | dict.fromkeys(("eval_data?", "text_column?"), _or_null(TEXT)),
@@ -290,7 +283,7 @@ FORM: dict[str, Any] = {
     "bytes_on_disk?": SIZE,
     "peak_memory_bytes?": NUMBER,
     "seconds?": NUMBER,
-    "stages?": _STAGES,
+    "stages?": _each("what stages took", _COST),
     "seed?": COUNT,
 }
 """The keys that readers of a record go by; see docs/json.md. It may have others."""

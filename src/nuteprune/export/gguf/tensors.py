@@ -112,8 +112,7 @@ def _layer_tensors(
     elif want.attention and family.qk_norms:  # of a head of zeros
         for role in ("q", "k"):
             yield f"attn_{role}_norm.weight", np.ones(anatomy.head_dim, np.float32)
-    maps = {role: x.scaled(factors.get(role, 1.0)) for role, x in _maps(anatomy, layer).items()}
-    for role, linear in _as_stored(maps, anatomy, arch, want).items():
+    for role, linear in _maps(anatomy, arch, layer, want, factors).items():
         yield f"{_NAMES[role]}.weight", linear.weight_OI
         if linear.bias_O is not None:
             yield f"{_NAMES[role]}.bias", linear.bias_O
@@ -174,58 +173,53 @@ def _rope_tensors(facts: ModelFacts) -> Named:
             yield f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32)
 
 
-def _maps(anatomy: Anatomy, layer: int) -> Maps:
-    """Return a layer's maps by role; experts, latent attention and mixers are none of them."""
-    shape, found = anatomy.shape.layers[layer], Maps()
-    if shape.attention and not anatomy.family.latent:
-        parts = [x for p in anatomy.family.attention for x in _unstacked(anatomy, layer, p)]
-        found |= zip(("q", "k", "v", "o"), parts, strict=True)
-    if shape.mlp and not shape.experts:
-        parts = [x for p in anatomy.family.mlp for x in _unstacked(anatomy, layer, p)]
-        found |= zip(("gate", "up", "down")[-len(parts) :], parts, strict=True)
-    return found
+def _maps(
+    anatomy: Anatomy, arch: Architecture, layer: int, want: LayerShape, factors: dict[str, float]
+) -> Maps:
+    """Return a layer's maps as the architecture has them, zero where the model has nothing.
 
-
-def _unstacked(anatomy: Anatomy, layer: int, projection: Projection) -> list[LinearMap]:
-    """Return the maps that a module stacks, in the order of its axes."""
-    linear, shape = anatomy.linear(layer, projection), anatomy.shape.layers[layer]
-    assert linear is not None
-    bias_O = None if linear.bias is None else values_of(linear.bias)
-    stacked = LinearMap(values_of(linear.weight), bias_O)
-    if projection.rows == ("hidden",):
-        return [stacked]
-    places = np.arange(linear.out_features)
-    if projection.rows == ("qkv",):
-        by_head = places.reshape(shape.heads, 3, anatomy.head_dim)
-        return [stacked.rows(by_head[:, j].reshape(-1)) for j in range(3)]
-    sizes = axis_sizes(shape, anatomy.head_dim)
-    ends = np.cumsum([sizes[axis] for axis in projection.rows])
-    return [stacked.rows(x) for x in np.split(places, ends[:-1])]
-
-
-def _as_stored(maps: Maps, anatomy: Anatomy, arch: Architecture, want: LayerShape) -> Maps:
-    """Return a layer's maps as the architecture has them, zero where the model has nothing."""
-    family, head_dim, hidden = anatomy.family, anatomy.head_dim, anatomy.shape.hidden
-    sizes: dict[str, tuple[int, int]] = {}
+    Experts, latent attention and mixers are none of them.
+    """
+    family, found = anatomy.family, Maps()
     if want.attention and not family.latent:
-        q, kv = want.heads * head_dim, want.kv_heads * head_dim
-        gates = family.attention[0].rows == ("qgate",)
-        sizes |= {"q": (q * (1 + gates), hidden), "k": (kv, hidden), "v": (kv, hidden)}
-        sizes["o"] = (hidden, q)
+        parts = [x for p in family.attention for x in _unstacked(anatomy, layer, p, want)]
+        found |= zip(("q", "k", "v", "o"), parts, strict=True)
     if not want.experts:
-        is_gated = sum(len(p.rows) for p in family.mlp[:-1]) > 1
-        sizes |= dict.fromkeys(("gate", "up") if is_gated else ("up",), (want.neurons, hidden))
-        sizes["down"] = (hidden, want.neurons)
-    empty = LinearMap(np.zeros((0, 0), np.float32))
-    found = {role: maps.get(role, empty).padded(*size) for role, size in sizes.items()}
+        parts = [x for p in family.mlp for x in _unstacked(anatomy, layer, p, want)]
+        found |= zip(("gate", "up", "down")[-len(parts) :], parts, strict=True)
+    found = {role: x.scaled(factors.get(role, 1.0)) for role, x in found.items()}
     if arch.interleaved_rope and family.rope_pairs == "halves" and "q" in found:
-        for role, heads in (("q", want.heads), ("k", want.kv_heads)):
-            found[role] = found[role].rows(_neighbours(heads, head_dim))
+        for role in ("q", "k"):
+            found[role] = found[role].rows(_neighbours(found[role], anatomy.head_dim))
     if arch.fused_qkv and "q" in found:
         found["qkv"] = _stacked([found.pop(role) for role in ("q", "k", "v")])
     if arch.fused_gate:
         found["up"] = _stacked([found.pop("gate"), found["up"]])
     return found
+
+
+def _unstacked(
+    anatomy: Anatomy, layer: int, projection: Projection, want: LayerShape
+) -> list[LinearMap]:
+    """Return the maps that a module stacks, in the order of its axes, filled up with zeros."""
+    linear, head_dim = anatomy.linear(layer, projection), anatomy.head_dim
+    have, filled = (
+        axis_sizes(x, head_dim) | {"hidden": anatomy.shape.hidden}
+        for x in (anatomy.shape.layers[layer], want)
+    )
+    axes = ("q",) * 3 if projection.rows == ("qkv",) else projection.rows
+    if linear is None:
+        parts = [LinearMap(np.zeros((0, 0), np.float32))] * len(axes)
+    else:
+        bias_O = None if linear.bias is None else values_of(linear.bias)
+        order_O = np.arange(linear.out_features)
+        if projection.rows == ("qkv",):
+            order_O = order_O.reshape(-1, 3, head_dim).swapaxes(0, 1).reshape(-1)
+        ends = np.cumsum([have[axis] for axis in axes])[:-1]
+        stacked = LinearMap(values_of(linear.weight), bias_O)
+        parts = [stacked.rows(x) for x in np.split(order_O, ends)]
+    inputs = filled[projection.columns]
+    return [x.padded(filled[axis], inputs) for axis, x in zip(axes, parts, strict=True)]
 
 
 def _stacked(maps: list[LinearMap]) -> LinearMap:
@@ -234,7 +228,7 @@ def _stacked(maps: list[LinearMap]) -> LinearMap:
     return LinearMap(weight_OI, np.concatenate(biases) if biases else None)
 
 
-def _neighbours(heads: int, head_dim: int) -> NDArray[np.int64]:
+def _neighbours(linear: LinearMap, head_dim: int) -> NDArray[np.int64]:
     """Return the row order that puts features that rotate together side by side."""
-    rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
+    rows = np.arange(len(linear.weight_OI)).reshape(-1, 2, head_dim // 2)
     return rows.transpose(0, 2, 1).reshape(-1)
