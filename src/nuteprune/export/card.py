@@ -136,11 +136,12 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
     return f"{head}{start}\n{images}\n{end}{tail}"
 
 
-def _perplexities(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Return source, perplexity before and after, where both are known."""
+def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return perplexities before and after by text, empty where a record has none."""
     found = record.get("perplexity", {})
-    pairs = [(x, old, found.get("after", {}).get(x)) for x, old in found.get("before", {}).items()]
-    return [x for x in pairs if None not in x]
+    before, after = (found.get(when, {}) for when in ("before", "after"))
+    # Of one that was not finite JSON says null.
+    return tuple({k: v for k, v in x.items() if v is not None} for x in (before, after))  # type: ignore[return-value]
 
 
 def _judged_by(record: Mapping[str, Any]) -> str:
@@ -229,11 +230,17 @@ class Row(NamedTuple):
         return self.what, *("" if x is None else f"{x:.{self.digits}f}" for x in figures)  # type: ignore[return-value]
 
 
-def answer_rows(record: Mapping[str, Any]) -> list[Row]:
-    """Return the figures of answers, none if a record has none."""
-    if not (found := record.get("answers")):
-        return []
+def figure_rows(record: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Return the figures of answers and of context by title, those that a record has."""
+    answers, spans = record.get("answers"), record.get("context") or {}
+    found = {
+        "Answers": _answer_rows(answers) if answers else [],
+        "Context": [row for x in spans.items() for row in _context_rows(*x, len(spans) > 1)],
+    }
+    return {title: rows for title, rows in found.items() if rows}
 
+
+def _answer_rows(found: Mapping[str, Any]) -> list[Row]:
     def both(what: str, key: str, digits: int) -> Row:
         return Row(what, found[key]["before"], found[key]["after"], digits)
 
@@ -247,20 +254,16 @@ def answer_rows(record: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def context_rows(record: Mapping[str, Any]) -> list[Row]:
-    """Return the figures of context, none if a record has none."""
-    rows, spans = [], record.get("context") or {}
-    for length, found in spans.items():
-        of = f", blocks of {length}" if len(spans) > 1 else ""
-        needing, gain = found["needing"], found["gain"]
-        others = found["tokens"] - needing
-        rows += [
-            Row(f"nats lost, {needing:,} tokens that need it{of}", None, found["lost"], 2),
-            Row(f"nats lost, the other {others:,}{of}", None, found["lost_elsewhere"], 2),
-            Row(f"nats gained by context{of}", gain["before"], gain["after"], 2),
-            Row(f"gain kept, %{of}", None, found["kept"], 1),
-        ]
-    return rows
+def _context_rows(length: str, found: Mapping[str, Any], several: bool) -> list[Row]:
+    of = f", blocks of {length}" if several else ""
+    needing, gain = found["needing"], found["gain"]
+    others = found["tokens"] - needing
+    return [
+        Row(f"nats lost, {needing:,} tokens that need it{of}", None, found["lost"], 2),
+        Row(f"nats lost, the other {others:,}{of}", None, found["lost_elsewhere"], 2),
+        Row(f"nats gained by context{of}", gain["before"], gain["after"], 2),
+        Row(f"gain kept, %{of}", None, found["kept"], 1),
+    ]
 
 
 def definitions(record: Mapping[str, Any]) -> list[str]:
@@ -282,8 +285,8 @@ def definitions(record: Mapping[str, Any]) -> list[str]:
 
 _TEMPLATES.filters |= {
     **{"plain": _plain, "public": _public, "shown": _shown, "short_name": _short_name},
-    **{"metadata": _metadata, "taught": _taught, "perplexities": _perplexities},
-    **{"answer_rows": answer_rows, "context_rows": context_rows, "definitions": definitions},
+    **{"metadata": _metadata, "taught": _taught, "perplexities_of": perplexities_of},
+    **{"figure_rows": figure_rows, "definitions": definitions},
     **{"judged_by": _judged_by, "layers": _layers, "calibrated_on": _calibrated_on},
 }
 """What the card's template says of a record."""

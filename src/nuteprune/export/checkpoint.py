@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.export.config import keys_of_4, pruned_config
-from nuteprune.export.loading import build, one_line, some
+from nuteprune.export.loading import build, one_line
 from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.export.config import INVERSE_DIVISOR
 from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
 from nuteprune.export.gguf.rows import check_rows, padded_shape, torn_rows
@@ -13,11 +13,9 @@ from nuteprune.export.onnx import check_mixers, check_rope
 
 
 def _vllm(facts: ModelFacts) -> Iterator[str]:
-    bare = [str(i) for i, x in enumerate(facts.shape.layers) if not x.mixes]
-    if bare:
-        few = ", ".join(bare[:6]) + f" and {len(bare) - 6} more" * (len(bare) > 6)
-        yield f"it refuses layers without attention ({few}); prune without attn_block"
     family, shape = facts.family, facts.shape
+    if bare := [i for i, x in enumerate(shape.layers) if not x.mixes]:
+        yield f"it refuses layers without attention ({some(bare, 6)}); prune without attn_block"
     if not shape.uniform:
         if not family.vllm_backend:
             yield (

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.export import modeling_pruned
 from nuteprune.export.hub import check_inside, record_path
 from nuteprune.files import damage
@@ -320,11 +320,6 @@ def _is_lost(name: str, config: PreTrainedConfig) -> bool:
 def is_projection(name: str, family: Family) -> bool:
     """Return whether a tensor in files is of a decoder projection, or scales it."""
     return name.startswith(f"{family.layers}.") and any(path in name for path in family.files)
-
-
-def some(names: list[str]) -> str:
-    """Return the first few names of a list as text, and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager

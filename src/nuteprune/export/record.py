@@ -161,14 +161,6 @@ def weights_size(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in names)
 
 
-def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return perplexities before and after by text, empty where a record has none."""
-    found = record.get("perplexity", {})
-    before, after = (found.get(when, {}) for when in ("before", "after"))
-    # Of one that was not finite JSON says null.
-    return tuple({k: v for k, v in x.items() if v is not None} for x in (before, after))  # type: ignore[return-value]
-
-
 def inside(folder: Path) -> str:
     """Return which targets' checkpoints are in a folder, to end an error's line."""
     found = sorted(x.parent.name for name in TARGETS for x in folder.glob(f"{name}*/{RECORD}"))

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from math import gcd
 from typing import TYPE_CHECKING
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.model.shape import SUPER_BLOCK, LayerShape, Shape
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ def torn_rows(shape: Shape, head_dim: int) -> list[str]:
     counts = ((x.neurons, x.expert_neurons, x.heads * head_dim) for x in shape.layers)
     rows = {shape.hidden, *(count for layer in counts for count in layer)}
     odd = sorted(x for x in rows if x % SUPER_BLOCK)
-    more = f" and {len(odd) - 6} more" * (len(odd) > 6)
-    return [
-        f"K-quants store blocks of {SUPER_BLOCK}, so rows of {', '.join(map(str, odd[:6]))}{more} "
-        "would be stored in other types, larger or coarser"
-    ][: len(odd)]
+    said = (
+        f"K-quants store blocks of {SUPER_BLOCK}, so rows of {some(odd, 6)} would be stored in "
+        "other types, larger or coarser"
+    )
+    return [said] if odd else []
 
 
 def check_super_blocks(shape: Shape, head_dim: int, kinds: Collection[str]) -> None:
