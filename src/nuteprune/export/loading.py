@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 
 from nuteprune.errors import UserError, some
 from nuteprune.export import modeling_pruned
+from nuteprune.export.config import language_config
 from nuteprune.export.hub import check_inside, record_path
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
@@ -110,7 +111,7 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     if model_type.startswith(PREFIX):
         kwargs["use_safetensors"] = True
     if wrapper_of(model_type):
-        inner = _language_config(config)
+        inner = language_config(config)
         kwargs = {"config": inner, "key_mapping": KEY_MAPPING, **kwargs}
         model = _load(causal_lm_of(inner.model_type), source, stock=True, **kwargs)
     elif model_type.startswith(PREFIX):
@@ -163,18 +164,12 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     with one_line(source):
         values = config_values(source)
         if wrapper_of(values["model_type"]):
-            config = _language_config(values)
+            config = language_config(values)
         else:
             config_class: Any = causal_lm_of(values["model_type"], values).config_class
             config = config_class.from_dict(values)
         _check_routing(source, config)
     return config
-
-
-def _language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
-    from nuteprune.export.wrapping import language_config  # few models have others around them
-
-    return language_config(values)
 
 
 def bring_recorded_family(source: str, **where: Any) -> None:

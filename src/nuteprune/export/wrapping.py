@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from nuteprune.export.config import FREE_SHAPE_KEYS, free_shape_names
 from nuteprune.export.hub import file_of
 from nuteprune.export.loading import class_named
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import Wrapper, family_named, own_name, wrapper_of
+from nuteprune.model.lookup import Wrapper, own_name, wrapper_of
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -25,38 +24,6 @@ PROCESSOR_FILES = (
     "chat_template.json",
 )
 """What turns images into tensors, beside the tokenizer's own files."""
-
-
-def language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the config of the language model in a wrapper.
-
-    Args:
-        values: the wrapper's config.json.
-
-    Raises:
-        UserError: if it has none, or one of a type that is not supported.
-    """
-    wrapper = wrapper_of(str(values["model_type"]))
-    assert wrapper is not None
-    if not isinstance(values.get("text_config"), Mapping):
-        raise UserError(f"a {wrapper.model_type} config without text_config has no language model")
-    stock: Any = CONFIG_MAPPING[wrapper.model_type]
-    config = stock.from_dict({**values, "model_type": wrapper.model_type})
-    text: PreTrainedConfig = config.get_text_config()
-    text.tie_word_embeddings = config.tie_word_embeddings
-    family = family_named(text.model_type, text.to_dict())
-    if (pruned := getattr(text, "pruned", None)) is None:
-        return text
-    layout = {**pruned, "layers": family.layers}
-    free = {
-        "model_type": PREFIX + family.model_type,
-        "architectures": [f"Pruned{family.causal_lm}"],
-        "per_layer_config": layout.pop("per_layer_config"),
-        "pruned": layout,
-        "allow_global_per_layer_attribute_access": True,
-    }
-    config_class = class_named(f"Pruned{type(text).__name__}")
-    return config_class.from_dict({**text.to_dict(), **free})  # type: ignore[no-any-return]
 
 
 def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
