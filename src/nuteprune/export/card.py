@@ -235,7 +235,7 @@ def figure_rows(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     answers, spans = record.get("answers"), record.get("context") or {}
     found = {
         "Answers": _answer_rows(answers) if answers else [],
-        "Context": [row for x in spans.items() for row in _context_rows(*x, len(spans) > 1)],
+        "Context": [r for k, x in spans.items() for r in _context_rows(k, x, len(spans) > 1)],
     }
     return {title: rows for title, rows in found.items() if rows}
 

@@ -60,7 +60,7 @@ def build(
         UserError: if the tensors are not those that the config asks for.
     """
     first = next(iter(state_dict.values()))
-    kind: Any = causal_lm_of(config.model_type)
+    kind: Any = class_of(config.model_type)
     if not has_data(first):  # a plan's
         with torch.device("meta"):
             return cast(PreTrainedModel, kind._from_config(config))
@@ -81,7 +81,7 @@ def build(
 def unfilled(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a model of a config with arbitrary finite weights, to be timed."""
     with no_init_weights():
-        model: Any = causal_lm_of(config.model_type)(config)
+        model: Any = class_of(config.model_type)(config)
     for parameter in model.parameters():
         parameter.data.fill_(1e-3)
     return model.eval()  # type: ignore[no-any-return]
@@ -113,9 +113,9 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     if wrapper_of(model_type):
         inner = language_config(config)
         kwargs = {"config": inner, "key_mapping": KEY_MAPPING, **kwargs}
-        model = _load(causal_lm_of(inner.model_type), source, stock=True, **kwargs)
+        model = _load(class_of(inner.model_type), source, stock=True, **kwargs)
     elif model_type.startswith(PREFIX):
-        model = _load(causal_lm_of(model_type), source, **kwargs)
+        model = _load(class_of(model_type), source, **kwargs)
     else:
         model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     with one_line(source):
@@ -166,7 +166,7 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
         if wrapper_of(values["model_type"]):
             config = language_config(values)
         else:
-            config_class: Any = causal_lm_of(values["model_type"], values).config_class
+            config_class: Any = class_of(values["model_type"], values).config_class
             config = config_class.from_dict(values)
         _check_routing(source, config)
     return config
@@ -251,16 +251,13 @@ def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
     return {"model_type": "", **values}
 
 
-def causal_lm_of(model_type: str, config: Mapping[str, Any] | None = None) -> type[PreTrainedModel]:
-    """Return the class of a type's causal LM; of a pruned one ours."""
-    name = family_named(model_type, config).causal_lm
-    pruned = "Pruned" if model_type.startswith(PREFIX) else ""
-    return class_named(f"{pruned}{name}")  # type: ignore[no-any-return]
-
-
-def class_named(name: str) -> Any:
-    """Return a class of transformers, or its `Pruned` subclass if the name says so."""
-    return getattr(modeling_pruned if name.startswith("Pruned") else transformers, name)
+def class_of(model_type: str, config: Mapping[str, Any] | None = None) -> type[PreTrainedModel]:
+    """Return the class of a type's causal LM, or of a wrapper; of a pruned one ours."""
+    wrapper = wrapper_of(model_type)
+    name = wrapper.conditional if wrapper else family_named(model_type, config).causal_lm
+    if model_type.startswith(PREFIX):
+        return getattr(modeling_pruned, f"Pruned{name}")  # type: ignore[no-any-return]
+    return getattr(transformers, name)  # type: ignore[no-any-return]
 
 
 def _load(

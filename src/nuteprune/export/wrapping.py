@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
+from nuteprune.export import modeling_pruned
 from nuteprune.export.config import FREE_SHAPE_KEYS, free_shape_names
 from nuteprune.export.hub import file_of
-from nuteprune.export.loading import class_named
+from nuteprune.export.loading import build, class_of
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import Wrapper, own_name, wrapper_of
 
@@ -51,7 +51,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     # By the second, lm-evaluation-harness asks for it.
     autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
     values |= free_shape_names(wrapper.model_type, **dict.fromkeys(autos, wrapper.conditional))
-    config_class = class_named(f"Pruned{stock.__name__}")
+    config_class = getattr(modeling_pruned, f"Pruned{stock.__name__}")
     return config_class.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
 
 
@@ -111,24 +111,15 @@ class Around:
         """
         whole = self._load(small.dtype)
         outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}
-        config = wrapped_config(whole.config, small.config)
-        with torch.device("meta"):
-            model: Any = class_named(config.architectures[0])(config)  # type: ignore[index]
         inside = {self.wrapper.name_of(k): x for k, x in small.state_dict().items()}
-        given: dict[str, Tensor] = {**outside, **inside}
-        missing, unexpected = model.load_state_dict(given, strict=False, assign=True)
-        head = f"{self.wrapper.head}weight"  # missing where it is the embedding
-        if wrong := [*unexpected, *(x for x in missing if x != head)]:
-            raise UserError(f"{self.source} does not go around its language model: {min(wrong)}")
-        model.tie_weights()
+        model = build(wrapped_config(whole.config, small.config), outside | inside)
         model.generation_config = whole.generation_config
-        return model.eval()  # type: ignore[no-any-return]
+        return model
 
     def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         values, _ = PreTrainedConfig.get_config_dict(self.source)
-        pruned = "Pruned" if str(values["model_type"]).startswith(PREFIX) else ""
         how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        whole_class = class_named(f"{pruned}{self.wrapper.conditional}")
+        whole_class: Any = class_of(values["model_type"])
         whole, info = whole_class.from_pretrained(self.source, dtype=dtype, **how)
         unfit = {*info["missing_keys"], *(x[0] for x in info["mismatched_keys"])}
         if lost := sorted(x for x in unfit if own_name(x) is None):
