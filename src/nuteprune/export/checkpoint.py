@@ -300,15 +300,14 @@ def first_misfit(folder: Path) -> str | None:
         The first that is found, in words; None where there is none.
     """
     sizes: dict[tuple[str, str], dict[int, tuple[int, ...]]] = defaultdict(dict)
-    experts: dict[str, set[int]] = defaultdict(set)
     for name, size in _sizes_in(folder).items():
         if found := _EXPERT.fullmatch(name):
             stack, number, projection = found.groups()
             sizes[stack, projection][int(number)] = tuple(size)
-            experts[stack].add(int(number))
     for (stack, projection), by_expert in sizes.items():
         usual = mode(by_expert.values())
-        for expert in sorted(experts[stack]):
+        experts = {i for (other, _), each in sizes.items() if other == stack for i in each}
+        for expert in sorted(experts):
             there, name = by_expert.get(expert), f"{stack}.{expert}.{projection}"
             if there is None:
                 return f"no {name}"

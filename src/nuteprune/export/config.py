@@ -1,4 +1,7 @@
-"""Makes a config for a shape: a stock one if possible, else one with counts per layer."""
+"""Makes a config for a shape: a stock one if possible, else one with counts per layer.
+
+And the config of the language model in a wrapper, which the wrapper's config states.
+"""
 
 from __future__ import annotations
 

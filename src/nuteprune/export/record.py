@@ -250,13 +250,10 @@ _TUNED["text?"] = _READ
 _TUNED["earlier?"] = _TUNED
 _COST = dict.fromkeys(("seconds", "cpu_seconds", "peak_memory_bytes"), NUMBER)
 FORM: dict[str, Any] = {
-    "target": NUMBER,
-    "sparsity": NUMBER,
-    "total_sparsity": NUMBER,
+    **dict.fromkeys(("target", "sparsity", "total_sparsity"), NUMBER),
     "params": {**_BEFORE_AFTER, "blocks_before": SIZE, "blocks_after": SIZE}
     | {"active_before?": SIZE, "active_after?": SIZE},
-    "layers": [_LAYER],
-    "layers_before": [_LAYER],
+    **dict.fromkeys(("layers", "layers_before"), [_LAYER]),
     "hidden": _BEFORE_AFTER,
     "shapes?": TEXT,
     **dict.fromkeys(("base_model?", "license?", "license_name?", "license_link?"), _or_null(TEXT)),
@@ -273,8 +270,7 @@ FORM: dict[str, Any] = {
     "recover?": _TUNED,
     "versions?": {"nuteprune?": TEXT},
     "bytes_on_disk?": SIZE,
-    "peak_memory_bytes?": NUMBER,
-    "seconds?": NUMBER,
+    **dict.fromkeys(("peak_memory_bytes?", "seconds?"), NUMBER),
     "stages?": _each("what stages took", _COST),
     "seed?": COUNT,
 }

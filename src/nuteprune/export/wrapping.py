@@ -1,4 +1,4 @@
-"""Takes language models out of models of several modalities, and puts pruned ones back."""
+"""Puts pruned language models back into the models of several modalities that they are from."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Around:
         whole = self._load(small.dtype)
         outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}
         inside = {self.wrapper.name_of(k): x for k, x in small.state_dict().items()}
-        model = build(wrapped_config(whole.config, small.config), outside | inside)
+        model = build(wrapped_config(whole.config, small.config), outside | inside, small.dtype)
         model.generation_config = whole.generation_config
         return model
 
