@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -184,7 +184,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}; {_ELSEWHERE}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(f"{path} is not of schema {SCHEMA}; it needs another nuteprune version")
-    if found := _damage(record):
+    if found := next(_damage(record), None):
         raise UserError(f"{path} is damaged: {found}; {_ELSEWHERE}")
     return record
 
@@ -211,7 +211,7 @@ def _each(named: str, form: Form) -> Leaf:
 
 
 def _are(values: Iterable[Any], form: Form) -> bool:
-    return all(unlike(x, form, "") is None for x in values)
+    return all(next(unlike(x, form), None) is None for x in values)
 
 
 def _or_null(leaf: Leaf) -> Leaf:
@@ -253,7 +253,8 @@ FORM: dict[str, Any] = {
     **dict.fromkeys(("target", "sparsity", "total_sparsity"), NUMBER),
     "params": {**_BEFORE_AFTER, "blocks_before": SIZE, "blocks_after": SIZE}
     | {"active_before?": SIZE, "active_after?": SIZE},
-    **dict.fromkeys(("layers", "layers_before"), [_LAYER]),
+    "layers": [_LAYER],
+    "layers_before": [_LAYER],
     "hidden": _BEFORE_AFTER,
     "shapes?": TEXT,
     **dict.fromkeys(("base_model?", "license?", "license_name?", "license_link?"), _or_null(TEXT)),
@@ -278,33 +279,32 @@ FORM: dict[str, Any] = {
 FORM["history?"] = [FORM]
 
 
-def _damage(record: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a record, None if it can be read."""
-    if found := unlike(record, FORM, ""):
-        return found
+def _damage(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a record."""
+    yield from unlike(record, FORM)
     for one in (record, *record.get("history", ())):
         before, after = len(one["layers_before"]), len(one["layers"])
         if before != after:
-            return f"layers are {after}, and layers_before {before}"
-    return None
+            yield f"layers are {after}, and layers_before {before}"
 
 
-def unlike(value: Any, form: Form, where: str) -> str | None:
-    """Return what is wrong with a value that should have a form; None: nothing."""
+def unlike(value: Any, form: Form, where: str = "") -> Iterator[str]:
+    """Yield what is wrong with a value that should have a form."""
     if isinstance(form, Leaf):
-        return None if form.fits(value) else f"{where or 'it'} is not {form.named}"
-    if isinstance(form, list):
+        if not form.fits(value):
+            yield f"{where or 'it'} is not {form.named}"
+    elif isinstance(form, list):
         if not isinstance(value, list) or not value:
-            return f"{where} is not a list, or an empty one"
-        parts = [(x, form[0], f"{where}[{i}]") for i, x in enumerate(value)]
+            yield f"{where} is not a list, or an empty one"
+        else:
+            for i, x in enumerate(value):
+                yield from unlike(x, form[0], f"{where}[{i}]")
+    elif not isinstance(value, dict):
+        yield f"{where} is not an object"
     else:
-        if not isinstance(value, dict):
-            return f"{where} is not an object"
-        parts = []
         for key, inner in form.items():
             name, prefix = key.removesuffix("?"), f"{where}." if where else ""
-            if name not in value and name == key:
-                return f"it lacks {prefix}{name}"
             if name in value:
-                parts.append((value[name], inner, prefix + name))
-    return next((found for part in parts if (found := unlike(*part))), None)
+                yield from unlike(value[name], inner, prefix + name)
+            elif name == key:
+                yield f"it lacks {prefix}{name}"
