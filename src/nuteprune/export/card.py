@@ -95,10 +95,8 @@ def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a model pruned several times with the counts of the dense model."""
     if not (history := record.get("history")):
         return dict(record)
-    first, params = history[0], {**record["params"]}
-    for key in ("before", "blocks_before", "active_before"):
-        if key in first["params"]:
-            params[key] = first["params"][key]
+    first, counted = history[0], ("before", "blocks_before", "active_before")
+    params = record["params"] | {k: x for k, x in first["params"].items() if k in counted}
     return {
         **record,
         "params": params,
@@ -128,12 +126,9 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
         plots: description of a plot -> its file, relative to the card.
     """
     start, end = _PLOTS
-    head, found, rest = card.partition(start)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        return card
     images = "\n\n".join(f"![{_plain(alt)}]({file})" for alt, file in plots.items())
-    return f"{head}{start}\n{images}\n{end}{tail}"
+    place = re.compile(f"{start}.*?{end}", re.DOTALL)
+    return place.sub(lambda _: f"{start}\n{images}\n{end}", card, count=1)
 
 
 def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

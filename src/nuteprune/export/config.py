@@ -186,8 +186,8 @@ def _count_names(family: Family) -> dict[str, str]:
 
 def _stated(family: Family, layer: LayerShape) -> dict[str, Any]:
     """Return a layer's entry of `per_layer_config`."""
-    counts = {name: getattr(layer, word) for word, name in _count_names(family).items()}
-    present = {name: count for name, count in counts.items() if count}
+    words = _count_names(family).items()
+    present = {name: count for word, name in words if (count := getattr(layer, word))}
     blocks = {"attention": layer.mixes, "mlp": layer.mlp}
     blocks |= {"mixer": layer.mixes} if family.mixer else {}
     skip = [block for block, is_there in blocks.items() if not is_there]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import check_room, data_files, partial_of, remove, sync, writing
+from nuteprune.files import check_room, data_files, partial_of, remove, sync, sync_tree, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Family
 from nuteprune.model.forwards import cache_name
@@ -113,16 +113,13 @@ def _save(graph: Any, file: Path, data: str | None) -> None:
     import onnx_ir
 
     onnx_ir.save(graph, file, external_data=data)
-    for written in file.parent.iterdir():
-        sync(written)
+    sync_tree(file.parent)
 
 
 def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
     """Move a finished file into place, weights first: an old graph stays valid until then."""
-    moved = []
-    for name in filter(None, (data, path.name)):
-        (partial / name).replace(path.with_name(name))
-        moved.append(path.with_name(name))
+    names = filter(None, (data, path.name))
+    moved = [(partial / name).replace(path.with_name(name)) for name in names]
     sync(path.parent)
     for old in set(data_files(path)) - set(moved):
         old.unlink()
