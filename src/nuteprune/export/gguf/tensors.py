@@ -83,18 +83,19 @@ def all_tensors(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, target:
         yield "output.weight", values_of(anatomy.head.weight) / np.float32(divisor)
         if getattr(anatomy.head, "bias", None) is not None:
             yield "output.bias", values_of(anatomy.head.bias)
-    yield from _norm_tensors(anatomy, arch.final_norm, anatomy.final_norm)
+    for name, values in _norm_tensors(anatomy, "output_norm", anatomy.final_norm):
+        yield arch.renamed.get(name, name), values
     yield from _rope_tensors(facts)
     for i, want in enumerate(target.layers):
         for name, values in _layer_tensors(anatomy, arch, i, want, factors):
-            yield f"blk.{i}.{name}", values
+            yield f"blk.{i}.{arch.renamed.get(name, name)}", values
 
 
 def _layer_tensors(
     anatomy: Anatomy, arch: Architecture, layer: int, want: LayerShape, factors: dict[str, float]
 ) -> Named:
     have, family, factors = anatomy.shape.layers[layer], anatomy.family, dict(factors)
-    yield from _block_norms(anatomy, arch, layer, want)
+    yield from _block_norms(anatomy, layer, want)
     if family.latent:
         yield from latent_attention_tensors(anatomy, layer)
     elif have.attention:
@@ -143,20 +144,20 @@ def _norm_tensors(anatomy: Anatomy, name: str, norm: Any, factor: float = 1.0) -
         yield f"{name}.bias", values_of(norm.bias) * np.float32(factor)
 
 
-def _block_norms(anatomy: Anatomy, arch: Architecture, layer: int, want: LayerShape) -> Named:
+def _block_norms(anatomy: Anatomy, layer: int, want: LayerShape) -> Named:
     """Yield the norms of what blocks read and write."""
+    family = anatomy.family
+    reads_norms = {*family.norms} - {*(family.post_norms or ())}  # else the stream as it is
     for block, name, is_written in (
         ("attn_block", "attn_norm", want.attention),
-        ("mlp_block", arch.mlp_norm, want.mlp),
+        ("mlp_block", "ffn_norm", want.mlp),
     ):
-        if not arch.pre_norms or (block == "mlp_block" and arch.one_norm):
+        if not reads_norms or (block == "mlp_block" and family.shared_norms):
             continue
         norm = anatomy.pre_norm(layer, block)
         if norm is None and is_written:  # what it feeds is zero
             yield f"{name}.weight", np.ones(anatomy.shape.hidden, np.float32)
-        for full_name, values in _norm_tensors(anatomy, name, norm):
-            is_bare = arch.bare_mlp_norm and block == "mlp_block"
-            yield full_name.removesuffix(".weight") if is_bare else full_name, values
+        yield from _norm_tensors(anatomy, name, norm)
     for block, name in (("attn_block", "post_attention_norm"), ("mlp_block", "post_ffw_norm")):
         yield from _norm_tensors(anatomy, name, anatomy.post_norm(layer, block))
 
