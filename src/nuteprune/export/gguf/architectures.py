@@ -84,8 +84,6 @@ class Architecture:
     among those of a key head, then by key head."""
     optional_rope: bool = False
     """Whether heads rotate is stated."""
-    latent: bool = False
-    """Keys and values come from latents that heads share."""
     unnormed_at: int | None = None
     """With that many experts queries and keys are not normed, otherwise they are."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -207,7 +205,6 @@ _KNOWN = (
         interleaved_rope=True,
         partial_rotary=True,
         rope_types=("default", "yarn"),
-        latent=True,
         experts=replace(_SHARED_TIMES, groups=True),
         built_in={"rope_interleave": True},
     ),
