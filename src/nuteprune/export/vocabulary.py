@@ -120,7 +120,7 @@ def _without(settings: dict[str, Any], lost: set[str], new: dict[int, int]) -> d
         token = x.get("content") if isinstance(x, dict) else x
         return isinstance(token, str) and token in lost
 
-    kept = {
+    kept: dict[str, Any] = {
         key: [x for x in value if not is_lost(x)] if isinstance(value, list) else value
         for key, value in settings.items()
         if not is_lost(value)
