@@ -13,7 +13,7 @@ from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.export.config import FREE_SHAPE_KEYS, free_shape_names
 from nuteprune.export.hub import file_of
-from nuteprune.export.loading import build, class_of
+from nuteprune.export.loading import class_of
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import Wrapper, own_name, wrapper_of
 
@@ -111,10 +111,17 @@ class Around:
         """
         whole = self._load(small.dtype)
         outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}
+        config = wrapped_config(whole.config, small.config)
+        with torch.device("meta"):
+            model: Any = class_of(config.model_type)(config)
         inside = {self.wrapper.name_of(k): x for k, x in small.state_dict().items()}
-        model = build(wrapped_config(whole.config, small.config), outside | inside, small.dtype)
+        missing, unexpected = model.load_state_dict(outside | inside, strict=False, assign=True)
+        head = f"{self.wrapper.head}weight"  # missing where it is the embedding
+        if wrong := [*unexpected, *(x for x in missing if x != head)]:
+            raise UserError(f"{self.source} does not go around its language model: {min(wrong)}")
+        model.tie_weights()
         model.generation_config = whole.generation_config
-        return model
+        return model.eval()  # type: ignore[no-any-return]
 
     def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         values, _ = PreTrainedConfig.get_config_dict(self.source)
