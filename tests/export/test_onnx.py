@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from torch import Tensor
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export import onnx
 from nuteprune.export.checkpoint import save
-from nuteprune.export.onnx import Exporter, check_rope, write_onnx
+from nuteprune.export.onnx import Exporter, obstacles, write_onnx
+from nuteprune.model.families import FAMILIES
 from tests.conftest import json_line
 from tests.families import each_plain_family
 
@@ -150,10 +152,17 @@ def test_frequencies_that_follow_the_length_are_refused(rope_type: str, nested: 
     rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 5e3}
     still = {"rope_type": "llama3", "rope_theta": 5e3}
     rope = {"full_attention": rope, "sliding_attention": still} if nested else rope
-    with pytest.raises(UserError, match=f"rope_type {rope_type} .*--to gguf"):
-        check_rope(SimpleNamespace(rope_parameters=rope))
-    check_rope(SimpleNamespace(rope_parameters=still))
-    check_rope(SimpleNamespace())
+    (reason,) = obstacles(FAMILIES["llama"], SimpleNamespace(rope_parameters=rope))
+    assert re.match(f"rope_type {rope_type} .*--to gguf", reason)
+    assert not [*obstacles(FAMILIES["llama"], SimpleNamespace(rope_parameters=still))]
+    assert not [*obstacles(FAMILIES["llama"], SimpleNamespace())]
+
+
+@torch.no_grad()
+def test_what_no_graph_computes_is_not_exported(tiny_model: Callable) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 2.0}
+    with pytest.raises(UserError, match="rope_type dynamic changes its frequencies"):
+        Exporter(tiny_model("llama", rope_parameters=rope))
 
 
 # --- the command -----------------------------------------------------------------------------

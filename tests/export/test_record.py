@@ -12,8 +12,8 @@ import pytest
 
 from nuteprune.data.fingerprint import learned_from
 from nuteprune.errors import UserError
-from nuteprune.export.card import model_card
-from nuteprune.export.record import perplexities_of, read_record
+from nuteprune.export.card import model_card, perplexities_of
+from nuteprune.export.record import read_record
 from nuteprune.jobs.inspect import shapes_of
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge.report import headline, kept_rows, verdict

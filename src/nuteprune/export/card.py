@@ -57,37 +57,13 @@ def model_card(record: Mapping[str, Any], *, remote_code: bool) -> str:
         record: as `record.write_pruned` makes it.
         remote_code: whether the checkpoint brings its modeling file.
     """
-    record = since_dense(record)
-    base_model = _public(record.get("base_model") or "the dense model")
-    perplexities, taught = _perplexities(record), _taught(record)
-    copying, history = record.get("copying", {}), record.get("history", [])
-    copied = [x for x in (copying.get("before"), copying.get("after")) if x is not None]
-    beside = {"answers": answer_rows(record), "context": context_rows(record)}
     return _TEMPLATES.get_template("card.md").render(
-        record=record,
-        remote_code=remote_code,
-        metadata=_metadata(record).to_yaml().strip(),
-        name=_short_name(base_model),
-        base_model=base_model,
-        vocab=next((x["vocab"]["after"] for x in (record, *history[::-1]) if "vocab" in x), None),
-        taught=taught,
-        history=history,
-        paper=_PAPER if taught or record["sparsity"] > 0 else "",
-        perplexities=perplexities,
-        copied=copied if len(copied) == 2 else None,
-        beside=beside,
-        judged=bool(perplexities or len(copied) == 2 or any(beside.values())),
-        judged_by=_judged_by(record),
-        how_copied=copying.get("protocol"),
-        definitions=definitions(record),
-        plots=_PLOTS,
-        layers=_layers(record),
-        text=_calibrated_on(record.get("config", {})),
+        record=since_dense(record), remote_code=remote_code, paper=_PAPER, plots=_PLOTS
     )
 
 
-def _metadata(record: Mapping[str, Any]) -> ModelCardData:
-    """Return the hub's metadata: base model, licence, and the metrics as a model index."""
+def _metadata(record: Mapping[str, Any]) -> str:
+    """Return the hub's metadata as YAML: base model, licence, and the metrics as a model index."""
     base_model = record.get("base_model")
     after = record.get("perplexity", {}).get("after", {})
     results = [
@@ -103,7 +79,7 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     ]
     licence: dict[str, Any] = {key: record.get(key) for key in LICENCE}
     name = f"{_short_name(base_model or 'model')}-pruned-{round(100 * record['sparsity'])}"
-    return ModelCardData(
+    data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text" if record.get("wrapper") else "text-generation",
         tags=["nuteprune", "pruned", "structured-pruning"],
@@ -112,16 +88,15 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         model_name=name if results else None,
         eval_results=results or None,
     )
+    return data.to_yaml().strip()
 
 
 def since_dense(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a model pruned several times with the counts of the dense model."""
     if not (history := record.get("history")):
         return dict(record)
-    first, params = history[0], {**record["params"]}
-    for key in ("before", "blocks_before", "active_before"):
-        if key in first["params"]:
-            params[key] = first["params"][key]
+    first, counted = history[0], ("before", "blocks_before", "active_before")
+    params = record["params"] | {k: x for k, x in first["params"].items() if k in counted}
     return {
         **record,
         "params": params,
@@ -151,19 +126,17 @@ def with_plots(card: str, plots: Mapping[str, str]) -> str:
         plots: description of a plot -> its file, relative to the card.
     """
     start, end = _PLOTS
-    head, found, rest = card.partition(start)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        return card
     images = "\n\n".join(f"![{_plain(alt)}]({file})" for alt, file in plots.items())
-    return f"{head}{start}\n{images}\n{end}{tail}"
+    place = re.compile(f"{start}.*?{end}", re.DOTALL)
+    return place.sub(lambda _: f"{start}\n{images}\n{end}", card, count=1)
 
 
-def _perplexities(record: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Return source, perplexity before and after, where both are known."""
+def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return perplexities before and after by text, empty where a record has none."""
     found = record.get("perplexity", {})
-    pairs = [(x, old, found.get("after", {}).get(x)) for x, old in found.get("before", {}).items()]
-    return [x for x in pairs if None not in x]
+    before, after = (found.get(when, {}) for when in ("before", "after"))
+    # Of one that was not finite JSON says null.
+    return tuple({k: v for k, v in x.items() if v is not None} for x in (before, after))  # type: ignore[return-value]
 
 
 def _judged_by(record: Mapping[str, Any]) -> str:
@@ -230,9 +203,6 @@ def _is_hub_id(model: str) -> bool:
     return bool(is_one) and not Path(model).exists()
 
 
-_TEMPLATES.filters |= {"plain": _plain, "shown": _shown}
-
-
 class Row(NamedTuple):
     """A figure of both models, or one of the pruned model alone.
 
@@ -255,11 +225,17 @@ class Row(NamedTuple):
         return self.what, *("" if x is None else f"{x:.{self.digits}f}" for x in figures)  # type: ignore[return-value]
 
 
-def answer_rows(record: Mapping[str, Any]) -> list[Row]:
-    """Return the figures of answers, none if a record has none."""
-    if not (found := record.get("answers")):
-        return []
+def figure_rows(record: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Return the figures of answers and of context by title, those that a record has."""
+    answers, spans = record.get("answers"), record.get("context") or {}
+    found = {
+        "Answers": _answer_rows(answers) if answers else [],
+        "Context": [r for k, x in spans.items() for r in _context_rows(k, x, len(spans) > 1)],
+    }
+    return {title: rows for title, rows in found.items() if rows}
 
+
+def _answer_rows(found: Mapping[str, Any]) -> list[Row]:
     def both(what: str, key: str, digits: int) -> Row:
         return Row(what, found[key]["before"], found[key]["after"], digits)
 
@@ -273,20 +249,16 @@ def answer_rows(record: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def context_rows(record: Mapping[str, Any]) -> list[Row]:
-    """Return the figures of context, none if a record has none."""
-    rows, spans = [], record.get("context") or {}
-    for length, found in spans.items():
-        of = f", blocks of {length}" if len(spans) > 1 else ""
-        needing, gain = found["needing"], found["gain"]
-        others = found["tokens"] - needing
-        rows += [
-            Row(f"nats lost, {needing:,} tokens that need it{of}", None, found["lost"], 2),
-            Row(f"nats lost, the other {others:,}{of}", None, found["lost_elsewhere"], 2),
-            Row(f"nats gained by context{of}", gain["before"], gain["after"], 2),
-            Row(f"gain kept, %{of}", None, found["kept"], 1),
-        ]
-    return rows
+def _context_rows(length: str, found: Mapping[str, Any], several: bool) -> list[Row]:
+    of = f", blocks of {length}" if several else ""
+    needing, gain = found["needing"], found["gain"]
+    others = found["tokens"] - needing
+    return [
+        Row(f"nats lost, {needing:,} tokens that need it{of}", None, found["lost"], 2),
+        Row(f"nats lost, the other {others:,}{of}", None, found["lost_elsewhere"], 2),
+        Row(f"nats gained by context{of}", gain["before"], gain["after"], 2),
+        Row(f"gain kept, %{of}", None, found["kept"], 1),
+    ]
 
 
 def definitions(record: Mapping[str, Any]) -> list[str]:
@@ -304,3 +276,12 @@ def definitions(record: Mapping[str, Any]) -> list[str]:
         said.append(f"Context: the last tokens of {how['blocks']} blocks of {length}.")
         said += [f"{name}: {text}." for name, text in how["measures"].items()]
     return said
+
+
+_TEMPLATES.filters |= {
+    **{"plain": _plain, "public": _public, "shown": _shown, "short_name": _short_name},
+    **{"metadata": _metadata, "taught": _taught, "perplexities_of": perplexities_of},
+    **{"figure_rows": figure_rows, "definitions": definitions},
+    **{"judged_by": _judged_by, "layers": _layers, "calibrated_on": _calibrated_on},
+}
+"""What the card's template says of a record."""

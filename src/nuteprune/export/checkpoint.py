@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.export.config import keys_of_4, pruned_config
-from nuteprune.export.loading import build, one_line, some
+from nuteprune.export.loading import build, one_line
 from nuteprune.files import follow_umask, sync, sync_tree, write_sums, writing
 from nuteprune.gates.masks import Masks
 from nuteprune.model.anatomy import Anatomy
@@ -162,7 +162,7 @@ def _add_keys_of_4(path: Path, config: PreTrainedConfig) -> None:
             return content | keys_of_4(config)
         return content | {"text_config": content["text_config"] | keys_of_4(inner)}
 
-    _edit(path, added, sort_keys=True)
+    edit_json(path, added, sort_keys=True)
 
 
 def save_tokenizer_for_4(folder: Path) -> None:
@@ -171,8 +171,8 @@ def save_tokenizer_for_4(folder: Path) -> None:
     Args:
         folder: where a tokenizer was saved; files that are not there are passed over.
     """
-    _edit(folder / "tokenizer_config.json", _names_of_4, sort_keys=True)
-    _edit(folder / "tokenizer.json", plain_merges)
+    edit_json(folder / "tokenizer_config.json", _names_of_4, sort_keys=True)
+    edit_json(folder / "tokenizer.json", plain_merges)
 
 
 def _names_of_4(config: dict[str, Any]) -> dict[str, Any]:
@@ -202,9 +202,10 @@ def plain_merges(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"model": model | {"merges": [" ".join(merge) for merge in merges]}}
 
 
-def _edit(
+def edit_json(
     path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], sort_keys: bool = False
 ) -> None:
+    """Write a JSON file with other content, if it is there."""
     if not path.is_file():
         return
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -300,15 +301,14 @@ def first_misfit(folder: Path) -> str | None:
         The first that is found, in words; None where there is none.
     """
     sizes: dict[tuple[str, str], dict[int, tuple[int, ...]]] = defaultdict(dict)
-    experts: dict[str, set[int]] = defaultdict(set)
     for name, size in _sizes_in(folder).items():
         if found := _EXPERT.fullmatch(name):
             stack, number, projection = found.groups()
             sizes[stack, projection][int(number)] = tuple(size)
-            experts[stack].add(int(number))
     for (stack, projection), by_expert in sizes.items():
         usual = mode(by_expert.values())
-        for expert in sorted(experts[stack]):
+        experts = {i for (other, _), each in sizes.items() if other == stack for i in each}
+        for expert in sorted(experts):
             there, name = by_expert.get(expert), f"{stack}.{expert}.{projection}"
             if there is None:
                 return f"no {name}"

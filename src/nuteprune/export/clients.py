@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.export.config import INVERSE_DIVISOR
 from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
 from nuteprune.export.gguf.rows import check_rows, padded_shape, torn_rows
-from nuteprune.export.onnx import check_mixers, check_rope
+from nuteprune.export.onnx import obstacles
 
 
 def _vllm(facts: ModelFacts) -> Iterator[str]:
-    bare = [str(i) for i, x in enumerate(facts.shape.layers) if not x.mixes]
-    if bare:
-        few = ", ".join(bare[:6]) + f" and {len(bare) - 6} more" * (len(bare) > 6)
-        yield f"it refuses layers without attention ({few}); prune without attn_block"
     family, shape = facts.family, facts.shape
+    if bare := [i for i, x in enumerate(shape.layers) if not x.mixes]:
+        yield f"it refuses layers without attention ({some(bare, 6)}); prune without attn_block"
     if not shape.uniform:
         if not family.vllm_backend:
             yield (
@@ -61,19 +60,11 @@ def _llama_cpp(facts: ModelFacts) -> Iterator[str]:
     yield from torn_rows(shape, facts.head_dim)
 
 
-def _onnx(facts: ModelFacts) -> Iterator[str]:
-    try:
-        check_mixers(facts.family)
-        check_rope(facts.config)
-    except UserError as error:
-        yield str(error)
-
-
 _OBJECTIONS: dict[str, Callable[[ModelFacts], Iterator[str]]] = {
     "transformers `generate_batch`": _batching,
     "vLLM": _vllm,
     "llama.cpp": _llama_cpp,
-    "ONNX Runtime": _onnx,
+    "ONNX Runtime": lambda facts: islice(obstacles(facts.family, facts.config), 1),
     **dict.fromkeys(("SGLang", "TGI", "TensorRT-LLM"), _one_size),
 }
 

@@ -1,8 +1,11 @@
-"""Makes a config for a shape: a stock one if possible, else one with counts per layer."""
+"""Makes a config for a shape: a stock one if possible, else one with counts per layer.
+
+And the config of the language model in a wrapper, which the wrapper's config states.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -11,7 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from nuteprune.errors import UserError
 from nuteprune.export import modeling_pruned
 from nuteprune.model.family import PREFIX, Family, Projection
-from nuteprune.model.lookup import family_named
+from nuteprune.model.lookup import family_named, wrapper_of
 from nuteprune.model.shape import COUNTS, LayerShape, Shape
 
 FREE_SHAPE_KEYS = (
@@ -183,8 +186,8 @@ def _count_names(family: Family) -> dict[str, str]:
 
 def _stated(family: Family, layer: LayerShape) -> dict[str, Any]:
     """Return a layer's entry of `per_layer_config`."""
-    counts = {name: getattr(layer, word) for word, name in _count_names(family).items()}
-    present = {name: count for name, count in counts.items() if count}
+    words = _count_names(family).items()
+    present = {name: count for word, name in words if (count := getattr(layer, word))}
     blocks = {"attention": layer.mixes, "mlp": layer.mlp}
     blocks |= {"mixer": layer.mixes} if family.mixer else {}
     skip = [block for block, is_there in blocks.items() if not is_there]
@@ -226,6 +229,38 @@ def _layout(family: Family, mixer_width: int | None) -> dict[str, Any]:
             "transposed": experts.transposed,
         }
     return layout
+
+
+def language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the config of the language model in a wrapper.
+
+    Args:
+        values: the wrapper's config.json.
+
+    Raises:
+        UserError: if it has none, or one of a type that is not supported.
+    """
+    wrapper = wrapper_of(str(values["model_type"]))
+    assert wrapper is not None
+    if not isinstance(values.get("text_config"), Mapping):
+        raise UserError(f"a {wrapper.model_type} config without text_config has no language model")
+    stock: Any = CONFIG_MAPPING[wrapper.model_type]
+    config = stock.from_dict({**values, "model_type": wrapper.model_type})
+    text: PreTrainedConfig = config.get_text_config()
+    text.tie_word_embeddings = config.tie_word_embeddings
+    family = family_named(text.model_type, text.to_dict())
+    if (pruned := getattr(text, "pruned", None)) is None:
+        return text
+    layout = {**pruned, "layers": family.layers}
+    free = {
+        "model_type": PREFIX + family.model_type,
+        "architectures": [f"Pruned{family.causal_lm}"],
+        "per_layer_config": layout.pop("per_layer_config"),
+        "pruned": layout,
+        "allow_global_per_layer_attribute_access": True,
+    }
+    config_class = getattr(modeling_pruned, f"Pruned{type(text).__name__}")
+    return config_class.from_dict({**text.to_dict(), **free})  # type: ignore[no-any-return]
 
 
 def keys_of_4(config: PreTrainedConfig) -> dict[str, Any]:

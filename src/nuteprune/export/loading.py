@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.export import modeling_pruned
+from nuteprune.export.config import language_config
 from nuteprune.export.hub import check_inside, record_path
 from nuteprune.files import damage
 from nuteprune.model.families import FAMILIES
@@ -59,7 +60,7 @@ def build(
         UserError: if the tensors are not those that the config asks for.
     """
     first = next(iter(state_dict.values()))
-    kind: Any = causal_lm_of(config.model_type)
+    kind: Any = class_of(config.model_type)
     if not has_data(first):  # a plan's
         with torch.device("meta"):
             return cast(PreTrainedModel, kind._from_config(config))
@@ -80,7 +81,7 @@ def build(
 def unfilled(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a model of a config with arbitrary finite weights, to be timed."""
     with no_init_weights():
-        model: Any = causal_lm_of(config.model_type)(config)
+        model: Any = class_of(config.model_type)(config)
     for parameter in model.parameters():
         parameter.data.fill_(1e-3)
     return model.eval()  # type: ignore[no-any-return]
@@ -110,11 +111,11 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     if model_type.startswith(PREFIX):
         kwargs["use_safetensors"] = True
     if wrapper_of(model_type):
-        inner = _language_config(config)
+        inner = language_config(config)
         kwargs = {"config": inner, "key_mapping": KEY_MAPPING, **kwargs}
-        model = _load(causal_lm_of(inner.model_type), source, stock=True, **kwargs)
+        model = _load(class_of(inner.model_type), source, stock=True, **kwargs)
     elif model_type.startswith(PREFIX):
-        model = _load(causal_lm_of(model_type), source, **kwargs)
+        model = _load(class_of(model_type), source, **kwargs)
     else:
         model = _load(AutoModelForCausalLM, source, stock=True, trust_remote_code=False, **kwargs)
     with one_line(source):
@@ -163,18 +164,12 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     with one_line(source):
         values = config_values(source)
         if wrapper_of(values["model_type"]):
-            config = _language_config(values)
+            config = language_config(values)
         else:
-            config_class: Any = causal_lm_of(values["model_type"], values).config_class
+            config_class: Any = class_of(values["model_type"], values).config_class
             config = config_class.from_dict(values)
         _check_routing(source, config)
     return config
-
-
-def _language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
-    from nuteprune.export.wrapping import language_config  # few models have others around them
-
-    return language_config(values)
 
 
 def bring_recorded_family(source: str, **where: Any) -> None:
@@ -256,16 +251,13 @@ def config_values(source: str, **kwargs: Any) -> dict[str, Any]:
     return {"model_type": "", **values}
 
 
-def causal_lm_of(model_type: str, config: Mapping[str, Any] | None = None) -> type[PreTrainedModel]:
-    """Return the class of a type's causal LM; of a pruned one ours."""
-    name = family_named(model_type, config).causal_lm
-    pruned = "Pruned" if model_type.startswith(PREFIX) else ""
-    return class_named(f"{pruned}{name}")  # type: ignore[no-any-return]
-
-
-def class_named(name: str) -> Any:
-    """Return a class of transformers, or its `Pruned` subclass if the name says so."""
-    return getattr(modeling_pruned if name.startswith("Pruned") else transformers, name)
+def class_of(model_type: str, config: Mapping[str, Any] | None = None) -> type[PreTrainedModel]:
+    """Return the class of a type's causal LM, or of a wrapper; of a pruned one ours."""
+    wrapper = wrapper_of(model_type)
+    name = wrapper.conditional if wrapper else family_named(model_type, config).causal_lm
+    if model_type.startswith(PREFIX):
+        return getattr(modeling_pruned, f"Pruned{name}")  # type: ignore[no-any-return]
+    return getattr(transformers, name)  # type: ignore[no-any-return]
 
 
 def _load(
@@ -320,11 +312,6 @@ def _is_lost(name: str, config: PreTrainedConfig) -> bool:
 def is_projection(name: str, family: Family) -> bool:
     """Return whether a tensor in files is of a decoder projection, or scales it."""
     return name.startswith(f"{family.layers}.") and any(path in name for path in family.files)
-
-
-def some(names: list[str]) -> str:
-    """Return the first few names of a list as text, and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager

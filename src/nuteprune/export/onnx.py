@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.files import check_room, data_files, partial_of, remove, sync, writing
+from nuteprune.files import check_room, data_files, partial_of, remove, sync, sync_tree, writing
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Family
 from nuteprune.model.forwards import cache_name
@@ -83,7 +83,6 @@ def write_onnx(model: PreTrainedModel, path: Path) -> WrittenOnnx:
     """
     require_packages()
     refuse_packed(model)
-    check_rope(model.config)
     if model.dtype != torch.float32:
         raise UserError(f"the model is in {model.dtype}; load it with dtype=torch.float32")
     exporter = Exporter(model)
@@ -114,55 +113,41 @@ def _save(graph: Any, file: Path, data: str | None) -> None:
     import onnx_ir
 
     onnx_ir.save(graph, file, external_data=data)
-    for written in file.parent.iterdir():
-        sync(written)
+    sync_tree(file.parent)
 
 
 def _move(partial: Path, path: Path, data: str | None) -> list[Path]:
     """Move a finished file into place, weights first: an old graph stays valid until then."""
-    moved = []
-    for name in filter(None, (data, path.name)):
-        (partial / name).replace(path.with_name(name))
-        moved.append(path.with_name(name))
+    names = filter(None, (data, path.name))
+    moved = [(partial / name).replace(path.with_name(name)) for name in names]
     sync(path.parent)
     for old in set(data_files(path)) - set(moved):
         old.unlink()
     return moved[::-1]
 
 
-def check_rope(config: Any) -> None:
-    """Refuse rotary frequencies that depend on the length of the text.
+def obstacles(family: Family, config: Any) -> Iterator[str]:
+    """Yield why no graph computes a model: it would keep what one short text is computed by.
 
-    Tracing would freeze those of a short text, and a comparison over a short text would miss it.
-
-    Raises:
-        UserError: naming the type.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Some types have one set of parameters per kind of attention.
-    kinds = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)}
-    if found := kinds & {"dynamic", "longrope"}:
-        raise UserError(
-            f"rope_type {found.pop()} changes its frequencies with the length of the text, which "
-            "a traced graph cannot; export --to gguf, or load the checkpoint itself"
-        )
-
-
-def check_mixers(family: Family) -> None:
-    """Refuse layers whose state is no keys and values.
-
-    Raises:
-        UserError: naming the type.
+    A comparison over a short text would miss rotary frequencies that change with its length.
     """
     if family.experts:
-        raise UserError(
+        yield (
             f"{family.model_type} routes tokens to experts, and a graph would keep the routes of "
             "the text that it is traced with; serve the checkpoint itself"
         )
     if family.mixer:
-        raise UserError(
+        yield (
             f"{family.model_type} carries states from token to token in {family.mixer_module}, "
             "which the graph's cache of keys and values does not hold; load the checkpoint itself"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Some types have one set of parameters per kind of attention.
+    kinds = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)}
+    if found := kinds & {"dynamic", "longrope"}:
+        yield (
+            f"rope_type {found.pop()} changes its frequencies with the length of the text, which "
+            "a traced graph cannot; export --to gguf, or load the checkpoint itself"
         )
 
 
@@ -171,12 +156,16 @@ class Exporter(nn.Module):
 
     Args:
         model: a float32 causal LM of a supported family.
+
+    Raises:
+        UserError: if a graph cannot compute it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model, self.anatomy = model, Anatomy(model)
-        check_mixers(self.anatomy.family)
+        if reason := next(obstacles(self.anatomy.family, model.config), None):
+            raise UserError(reason)
         layers = self.anatomy.shape.layers
         self.kv_heads = {i: x.kv_heads for i, x in enumerate(layers) if x.attention}
         self.cache_name = cache_name(inspect.signature(model.forward).parameters)

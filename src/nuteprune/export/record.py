@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -161,14 +161,6 @@ def weights_size(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in names)
 
 
-def perplexities_of(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return perplexities before and after by text, empty where a record has none."""
-    found = record.get("perplexity", {})
-    before, after = (found.get(when, {}) for when in ("before", "after"))
-    # Of one that was not finite JSON says null.
-    return tuple({k: v for k, v in x.items() if v is not None} for x in (before, after))  # type: ignore[return-value]
-
-
 def inside(folder: Path) -> str:
     """Return which targets' checkpoints are in a folder, to end an error's line."""
     found = sorted(x.parent.name for name in TARGETS for x in folder.glob(f"{name}*/{RECORD}"))
@@ -192,7 +184,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}; {_ELSEWHERE}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(f"{path} is not of schema {SCHEMA}; it needs another nuteprune version")
-    if found := _damage(record):
+    if found := next(_damage(record), None):
         raise UserError(f"{path} is damaged: {found}; {_ELSEWHERE}")
     return record
 
@@ -210,20 +202,16 @@ Form = Leaf | Mapping[str, Any] | list[Any]
 
 def several(named: str, form: Form) -> Leaf:
     """Return what a list is, which may be empty, whose values are of one form."""
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, list) and not any(unlike(x, form, "") for x in value)
-
-    return Leaf(f"a list of {named}", fits)
+    return Leaf(f"a list of {named}", lambda x: isinstance(x, list) and _are(x, form))
 
 
 def _each(named: str, form: Form) -> Leaf:
     """Return what an object is whose keys are anything, and whose values are of one form."""
+    return Leaf(f"an object of {named}", lambda x: isinstance(x, dict) and _are(x.values(), form))
 
-    def fits(value: Any) -> bool:
-        return isinstance(value, dict) and not any(unlike(x, form, "") for x in value.values())
 
-    return Leaf(f"an object of {named}", fits)
+def _are(values: Iterable[Any], form: Form) -> bool:
+    return all(next(unlike(x, form), None) is None for x in values)
 
 
 def _or_null(leaf: Leaf) -> Leaf:
@@ -239,7 +227,6 @@ TEXTS = Leaf("text or a list of texts", lambda x: TEXT.fits(x) or several("texts
 KINDS = _each("texts", TEXT)
 FIGURES = _each("numbers above 0", _or_null(ABOVE_0))
 HASHES = Leaf("hexadecimal digits", lambda x: TEXT.fits(x) and not x.strip("0123456789abcdef"))
-NUMBERS = several("numbers", NUMBER)
 _BEFORE_AFTER = {"before": SIZE, "after": SIZE}
 _LAYER = dict.fromkeys(("heads", "kv_heads", "neurons", "experts?", "expert_neurons?"), COUNT)
 _JUDGED = {"before?": FIGURES, "after?": FIGURES, "protocol?": {"measure": TEXT}}
@@ -256,18 +243,14 @@ _CONTEXT = {
     "gain": _BOTH,
     "protocol": {"measures": KINDS, "blocks": COUNT},
 }
-_SPANS = _each("figures of context", _CONTEXT)
 _COPIED = {"measure": TEXT, "tokens": COUNT, "seed": COUNT}
 _READ = {"documents": HASHES, "files": HASHES, "names": TEXTS, "judged?": KINDS}
 _TUNED: dict[str, Any] = {"steps": COUNT, "data": TEXT, "kind?": TEXT, "perplexity?": _JUDGED}
 _TUNED["text?"] = _READ
 _TUNED["earlier?"] = _TUNED
 _COST = dict.fromkeys(("seconds", "cpu_seconds", "peak_memory_bytes"), NUMBER)
-_STAGES = _each("what stages took", _COST)
 FORM: dict[str, Any] = {
-    "target": NUMBER,
-    "sparsity": NUMBER,
-    "total_sparsity": NUMBER,
+    **dict.fromkeys(("target", "sparsity", "total_sparsity"), NUMBER),
     "params": {**_BEFORE_AFTER, "blocks_before": SIZE, "blocks_after": SIZE}
     | {"active_before?": SIZE, "active_after?": SIZE},
     "layers": [_LAYER],
@@ -275,12 +258,12 @@ FORM: dict[str, Any] = {
     "hidden": _BEFORE_AFTER,
     "shapes?": TEXT,
     **dict.fromkeys(("base_model?", "license?", "license_name?", "license_link?"), _or_null(TEXT)),
-    "teachers?": {"count": COUNT, "sparsities?": NUMBERS},
+    "teachers?": {"count": COUNT, "sparsities?": several("numbers", NUMBER)},
     "perplexity?": _JUDGED,
     "copying?": {"before?": _or_null(NUMBER), "after?": _or_null(NUMBER), "protocol?": _COPIED},
     "text?": _READ,
     "answers?": _ANSWERS,
-    "context?": _SPANS,
+    "context?": _each("figures of context", _CONTEXT),
     "asked?": {"kind": TEXT, "value": NUMBER},
     "config?": {"model?": _or_null(TEXT), "data?": TEXTS, "length?": SIZE, "eval_blocks?": SIZE}
     | dict.fromkeys(("eval_data?", "text_column?"), _or_null(TEXT)),
@@ -288,42 +271,40 @@ FORM: dict[str, Any] = {
     "recover?": _TUNED,
     "versions?": {"nuteprune?": TEXT},
     "bytes_on_disk?": SIZE,
-    "peak_memory_bytes?": NUMBER,
-    "seconds?": NUMBER,
-    "stages?": _STAGES,
+    **dict.fromkeys(("peak_memory_bytes?", "seconds?"), NUMBER),
+    "stages?": _each("what stages took", _COST),
     "seed?": COUNT,
 }
 """The keys that readers of a record go by; see docs/json.md. It may have others."""
 FORM["history?"] = [FORM]
 
 
-def _damage(record: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a record, None if it can be read."""
-    if found := unlike(record, FORM, ""):
-        return found
+def _damage(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a record."""
+    yield from unlike(record, FORM)
     for one in (record, *record.get("history", ())):
         before, after = len(one["layers_before"]), len(one["layers"])
         if before != after:
-            return f"layers are {after}, and layers_before {before}"
-    return None
+            yield f"layers are {after}, and layers_before {before}"
 
 
-def unlike(value: Any, form: Form, where: str) -> str | None:
-    """Return what is wrong with a value that should have a form; None: nothing."""
+def unlike(value: Any, form: Form, where: str = "") -> Iterator[str]:
+    """Yield what is wrong with a value that should have a form."""
     if isinstance(form, Leaf):
-        return None if form.fits(value) else f"{where or 'it'} is not {form.named}"
-    if isinstance(form, list):
+        if not form.fits(value):
+            yield f"{where or 'it'} is not {form.named}"
+    elif isinstance(form, list):
         if not isinstance(value, list) or not value:
-            return f"{where} is not a list, or an empty one"
-        parts = [(x, form[0], f"{where}[{i}]") for i, x in enumerate(value)]
+            yield f"{where} is not a list, or an empty one"
+        else:
+            for i, x in enumerate(value):
+                yield from unlike(x, form[0], f"{where}[{i}]")
+    elif not isinstance(value, dict):
+        yield f"{where} is not an object"
     else:
-        if not isinstance(value, dict):
-            return f"{where} is not an object"
-        parts = []
         for key, inner in form.items():
             name, prefix = key.removesuffix("?"), f"{where}." if where else ""
-            if name not in value and name == key:
-                return f"it lacks {prefix}{name}"
             if name in value:
-                parts.append((value[name], inner, prefix + name))
-    return next((found for part in parts if (found := unlike(*part))), None)
+                yield from unlike(value[name], inner, prefix + name)
+            elif name == key:
+                yield f"it lacks {prefix}{name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.checkpoint import edit_json
 from nuteprune.export.loading import build, stored_tensors
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lookup import family_named
@@ -97,14 +98,8 @@ def cut_tokenizer_of(
         (folder / _FILES[0]).write_text(content, encoding="utf-8")
         there = {token for token, i in merges.added.items() if i in new}
         lost = tokenizer.get_added_vocab().keys() - there
-        for path in (folder / name for name in _FILES[1:]):
-            if path.is_file():
-                settings = json.loads(path.read_text(encoding="utf-8"))
-                if named := settings.get("added_tokens_decoder"):
-                    kept_there = {new[int(i)]: x for i, x in named.items() if int(i) in new}
-                    settings["added_tokens_decoder"] = kept_there
-                text = json.dumps(_without(settings, lost), ensure_ascii=False)
-                path.write_text(text, encoding="utf-8")
+        for name in _FILES[1:]:
+            edit_json(folder / name, lambda settings: _without(settings, lost, new))
         own: Any = type(tokenizer)
         if not own.__module__.startswith("transformers."):  # code that the user trusts, run already
             return own.from_pretrained(folder)  # type: ignore[no-any-return]
@@ -112,18 +107,27 @@ def cut_tokenizer_of(
         return AutoTokenizer.from_pretrained(folder, config=config)
 
 
-def _without(settings: dict[str, Any], lost: Collection[str]) -> dict[str, Any]:
-    """Return a tokenizer's settings without removed tokens, which would be added anew."""
+def _without(settings: dict[str, Any], lost: set[str], new: dict[int, int]) -> dict[str, Any]:
+    """Return a tokenizer's settings without removed tokens, which would be added anew.
+
+    Args:
+        settings: what one of its files states.
+        lost: the tokens.
+        new: id -> the one that it has among those that stay.
+    """
 
     def is_lost(x: Any) -> bool:
         token = x.get("content") if isinstance(x, dict) else x
         return isinstance(token, str) and token in lost
 
-    return {
+    kept: dict[str, Any] = {
         key: [x for x in value if not is_lost(x)] if isinstance(value, list) else value
         for key, value in settings.items()
         if not is_lost(value)
     }
+    if named := kept.get("added_tokens_decoder"):
+        kept["added_tokens_decoder"] = {new[int(i)]: x for i, x in named.items() if int(i) in new}
+    return kept
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

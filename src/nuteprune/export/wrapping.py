@@ -1,22 +1,21 @@
-"""Takes language models out of models of several modalities, and puts pruned ones back."""
+"""Puts pruned language models back into the models of several modalities that they are from."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.errors import UserError
+from nuteprune.export import modeling_pruned
 from nuteprune.export.config import FREE_SHAPE_KEYS, free_shape_names
 from nuteprune.export.hub import file_of
-from nuteprune.export.loading import class_named
+from nuteprune.export.loading import class_of
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import Wrapper, family_named, own_name, wrapper_of
+from nuteprune.model.lookup import Wrapper, own_name, wrapper_of
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -25,38 +24,6 @@ PROCESSOR_FILES = (
     "chat_template.json",
 )
 """What turns images into tensors, beside the tokenizer's own files."""
-
-
-def language_config(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the config of the language model in a wrapper.
-
-    Args:
-        values: the wrapper's config.json.
-
-    Raises:
-        UserError: if it has none, or one of a type that is not supported.
-    """
-    wrapper = wrapper_of(str(values["model_type"]))
-    assert wrapper is not None
-    if not isinstance(values.get("text_config"), Mapping):
-        raise UserError(f"a {wrapper.model_type} config without text_config has no language model")
-    stock: Any = CONFIG_MAPPING[wrapper.model_type]
-    config = stock.from_dict({**values, "model_type": wrapper.model_type})
-    text: PreTrainedConfig = config.get_text_config()
-    text.tie_word_embeddings = config.tie_word_embeddings
-    family = family_named(text.model_type, text.to_dict())
-    if (pruned := getattr(text, "pruned", None)) is None:
-        return text
-    layout = {**pruned, "layers": family.layers}
-    free = {
-        "model_type": PREFIX + family.model_type,
-        "architectures": [f"Pruned{family.causal_lm}"],
-        "per_layer_config": layout.pop("per_layer_config"),
-        "pruned": layout,
-        "allow_global_per_layer_attribute_access": True,
-    }
-    config_class = class_named(f"Pruned{type(text).__name__}")
-    return config_class.from_dict({**text.to_dict(), **free})  # type: ignore[no-any-return]
 
 
 def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
@@ -84,7 +51,7 @@ def wrapped_config(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTraine
     # By the second, lm-evaluation-harness asks for it.
     autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
     values |= free_shape_names(wrapper.model_type, **dict.fromkeys(autos, wrapper.conditional))
-    config_class = class_named(f"Pruned{stock.__name__}")
+    config_class = getattr(modeling_pruned, f"Pruned{stock.__name__}")
     return config_class.from_dict({**values, "text_config": inner})  # type: ignore[no-any-return]
 
 
@@ -146,10 +113,9 @@ class Around:
         outside = {k: x for k, x in whole.state_dict().items() if own_name(k) is None}
         config = wrapped_config(whole.config, small.config)
         with torch.device("meta"):
-            model: Any = class_named(config.architectures[0])(config)  # type: ignore[index]
+            model: Any = class_of(config.model_type)(config)
         inside = {self.wrapper.name_of(k): x for k, x in small.state_dict().items()}
-        given: dict[str, Tensor] = {**outside, **inside}
-        missing, unexpected = model.load_state_dict(given, strict=False, assign=True)
+        missing, unexpected = model.load_state_dict(outside | inside, strict=False, assign=True)
         head = f"{self.wrapper.head}weight"  # missing where it is the embedding
         if wrong := [*unexpected, *(x for x in missing if x != head)]:
             raise UserError(f"{self.source} does not go around its language model: {min(wrong)}")
@@ -159,9 +125,8 @@ class Around:
 
     def _load(self, dtype: torch.dtype | str) -> PreTrainedModel:
         values, _ = PreTrainedConfig.get_config_dict(self.source)
-        pruned = "Pruned" if str(values["model_type"]).startswith(PREFIX) else ""
         how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        whole_class = class_named(f"{pruned}{self.wrapper.conditional}")
+        whole_class: Any = class_of(values["model_type"])
         whole, info = whole_class.from_pretrained(self.source, dtype=dtype, **how)
         unfit = {*info["missing_keys"], *(x[0] for x in info["mismatched_keys"])}
         if lost := sorted(x for x in unfit if own_name(x) is None):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from nuteprune.console import Output, millions
-from nuteprune.export.card import since_dense
+from nuteprune.export.card import perplexities_of, since_dense
 from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf.choose import ModelFacts
-from nuteprune.export.loading import causal_lm_of, load_config, one_line
-from nuteprune.export.record import perplexities_of, read_record
+from nuteprune.export.loading import class_of, load_config, one_line
+from nuteprune.export.record import read_record
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lookup import of_language_model
@@ -34,7 +34,7 @@ def run(folder: Path, output: Output) -> dict[str, Any]:
     record, config = read_record(folder), load_config(folder)
     counted = recount(folder)
     with one_line(str(folder)), torch.device("meta"):
-        anatomy = Anatomy(causal_lm_of(config.model_type)(config))
+        anatomy = Anatomy(class_of(config.model_type)(config))
     before, after = shapes_of(record)
     tensors = of_language_model(counted["tensors"])
     outside = _count(counted["tensors"], counted["tensors"]) - _count(tensors, tensors)

@@ -23,8 +23,9 @@ from nuteprune.data.blocks import JUDGED
 from nuteprune.data.examples import holds_instructions
 from nuteprune.data.fingerprint import text_entry
 from nuteprune.errors import RunFailed, UserError
+from nuteprune.export.card import perplexities_of
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
-from nuteprune.export.record import perplexities_of, weights_size, write_again
+from nuteprune.export.record import weights_size, write_again
 from nuteprune.files import write_json
 from nuteprune.jobs import sources
 from nuteprune.jobs.folder import clear, clear_result, goes_on

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from nuteprune.console import Bars, Output, dtype_name, duration, megabytes, millions
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import RunFailed, UserError
-from nuteprune.export.card import answer_rows, context_rows
+from nuteprune.export.card import figure_rows
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.reproduce import again
@@ -162,11 +162,9 @@ def print_beside(
         samples: as `read_samples` returns them.
         output: where to.
     """
-    tables = {"Answers": answer_rows(record), "Context": context_rows(record)}
-    for title, rows in tables.items():
-        if rows:
-            output.line()
-            output.table(title, ["", "dense", "pruned"], [list(row.cells) for row in rows])
+    for title, rows in figure_rows(record).items():
+        output.line()
+        output.table(title, ["", "dense", "pruned"], [list(row.cells) for row in rows])
     for sample in samples:
         output.line(f"The {sample['which']} answer, by repeats: {sample['prompt']}")
         for who in ("dense", "pruned"):

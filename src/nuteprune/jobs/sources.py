@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError, in_one_line, panics_as_errors
+from nuteprune.export.config import language_config
 from nuteprune.export.hub import record_path
 from nuteprune.export.loading import config_values, load_pruned
 from nuteprune.export.record import inside, origin_of, read_record
@@ -100,8 +101,6 @@ def read_config(model: str) -> dict[str, Any]:
         raise UserError(f"cannot load model {model}: {_in_words(error, model)}") from error
     model_type = values["model_type"]
     if (wrapper := wrapper_of(model_type)) is not None:
-        from nuteprune.export.wrapping import language_config
-
         language_config(values)  # refuses what is not supported
         expected = wrapper.conditional
     else:

@@ -11,8 +11,7 @@ import jinja2
 import yaml
 
 from nuteprune.data.fingerprint import text_kind
-from nuteprune.export.card import answer_rows, context_rows, definitions, since_dense, with_plots
-from nuteprune.export.record import perplexities_of
+from nuteprune.export.card import definitions, figure_rows, perplexities_of, since_dense, with_plots
 from nuteprune.files import atomic, write_text, writing
 from nuteprune.gates.budget import share_gone
 from nuteprune.judge import plots
@@ -236,9 +235,8 @@ def headline(
     if copied := _both(record.get("copying", {})):
         row = _compared(f"tokens right,{THIN}%", *copied)
         groups.append(("Copying from context, higher is better", [row]))
-    for group, figures in (("Answers", answer_rows(record)), ("Context", context_rows(record))):
-        if figures:
-            groups.append((group, [(*x.cells, _change(x.dense, x.pruned)) for x in figures]))
+    for group, figures in figure_rows(record).items():
+        groups.append((group, [(*x.cells, _change(x.dense, x.pruned)) for x in figures]))
     if speed and speed["rows"]:
         rows = [
             (f"{x['name']}, {x['unit']}", number(x["dense"]), number(x["pruned"]), _gain(x))

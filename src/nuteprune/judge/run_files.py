@@ -161,6 +161,6 @@ def _read(path: Path, form: Form) -> Any:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if wrong := unlike(found, form, ""):
+    if wrong := next(unlike(found, form), None):
         raise UserError(f"{path} cannot be shown: {wrong}")
     return found

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.blocks import JUDGED
 from nuteprune.errors import UserError
-from nuteprune.export.loading import UNREADABLE, causal_lm_of
+from nuteprune.export.loading import UNREADABLE, class_of
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import READ
 from nuteprune.judge.perplexity import perplexities
@@ -198,7 +198,7 @@ def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UserError: if the class can make none.
     """
-    kind: Any = causal_lm_of(config.model_type)
+    kind: Any = class_of(config.model_type)
     try:
         model: PreTrainedModel = kind._from_config(config, dtype=dtype)
     except UNREADABLE as error:

@@ -51,10 +51,6 @@ class Architecture:
     """Rotary pairs are neighbours, so where a family's are halves apart, rows are reordered."""
     unrotated_period: int | None = None
     """Every n-th layer has no rotary embedding; None: all have it."""
-    pre_norms: bool = True
-    """Blocks read a norm of the stream; elsewhere they read it as it is."""
-    one_norm: bool = False
-    """Both blocks read one norm."""
     fused_qkv: bool = False
     fused_gate: bool = False
     """Gate and up projection are one tensor."""
@@ -88,16 +84,10 @@ class Architecture:
     among those of a key head, then by key head."""
     optional_rope: bool = False
     """Whether heads rotate is stated."""
-    latent: bool = False
-    """Keys and values come from latents that heads share."""
     unnormed_at: int | None = None
     """With that many experts queries and keys are not normed, otherwise they are."""
-    final_norm: str = "output_norm"
-    """Name of the norm that the language head reads."""
-    mlp_norm: str = "ffn_norm"
-    """Name of the norm that the MLP reads."""
-    bare_mlp_norm: bool = False
-    """It is called so without `.weight`."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Name of a norm's weight elsewhere -> its own."""
     experts: ExpertRouting | None = None
     """What its layers have in place of an MLP."""
     folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -120,6 +110,7 @@ class Architecture:
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _ALL = ("qkv", "o", "mlp")
 _LINEAR = ("default", "linear")
+_POST_ATTENTION = {"ffn_norm.weight": "post_attention_norm.weight"}
 _FALCON_H1: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding_multiplier",),
     "q": ("attention_in_multiplier",),
@@ -143,14 +134,14 @@ _QWEN3 = Architecture("qwen3", rope_types=_LINEAR)
 _QWEN2 = replace(_QWEN3, name="qwen2", square_attention=True, biases=("qkv",))
 _GEMMA = Architecture("gemma", activations=_GELU_TANH, head="never")
 _QWEN3_5 = Architecture(
-    "qwen35", partial_rotary=True, optional_attention=True, mlp_norm="post_attention_norm"
+    "qwen35", partial_rotary=True, optional_attention=True, renamed=_POST_ATTENTION
 )
 _SQUARE = Architecture("", square_attention=True)
 _NEIGHBOURS = replace(_SQUARE, interleaved_rope=True)
 _PHI = replace(_SQUARE, partial_rotary=True, head="always", biases=_ALL, needs_biases=True)
 _FUSED = replace(_SQUARE, fused_qkv=True, fused_gate=True, partial_rotary=True)
-_COHERE = replace(_NEIGHBOURS, head="never", one_norm=True)
-_NORMED_AFTER = replace(_SQUARE, pre_norms=False, refuses_windows=True)
+_COHERE = replace(_NEIGHBOURS, head="never")
+_NORMED_AFTER = replace(_SQUARE, refuses_windows=True)
 _GLM4 = Architecture("glm4", partial_rotary=True, biases=("qkv",))
 _ROUTED_ALIKE = ExpertRouting(own_width=False)
 _ROUTED_AS_SCORED = replace(_ROUTED_ALIKE, sums_to_one=False, joint_key_norm=True)
@@ -177,13 +168,15 @@ _KNOWN = (
         mixer="mamba2",
         built_in={"mamba_expand": 2},
     ),
-    Architecture("falcon-h1", mixer="mamba2", bare_mlp_norm=True, folded=_FALCON_H1),
+    Architecture(
+        "falcon-h1", mixer="mamba2", renamed={"ffn_norm.weight": "ffn_norm"}, folded=_FALCON_H1
+    ),
     _LLAMA_EXPERTS,
     replace(_LLAMA, name="granitemoe", multipliers=True, biases=(), experts=_ROUTED_ALIKE),
     replace(_QWEN3, name="qwen3moe", experts=ExpertRouting()),
     replace(_QWEN2, name="qwen2moe", experts=replace(_SHARED, sums_to_one=False)),
     replace(_QWEN2, name="olmoe", biases=(), head="always", experts=_ROUTED_AS_SCORED),
-    replace(_GLM4, name="glm4moe", mlp_norm="post_attention_norm", experts=_SHARED_TIMES),
+    replace(_GLM4, name="glm4moe", renamed=_POST_ATTENTION, experts=_SHARED_TIMES),
     Architecture(
         "gpt-oss",
         head="always",
@@ -191,7 +184,7 @@ _KNOWN = (
         biases=("qkv", "o"),
         needs_biases=True,
         window_period=2,
-        mlp_norm="post_attention_norm",
+        renamed=_POST_ATTENTION,
         experts=ExpertRouting(),
         built_in={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
@@ -212,7 +205,6 @@ _KNOWN = (
         interleaved_rope=True,
         partial_rotary=True,
         rope_types=("default", "yarn"),
-        latent=True,
         experts=replace(_SHARED_TIMES, groups=True),
         built_in={"rope_interleave": True},
     ),
@@ -229,7 +221,7 @@ _KNOWN = (
     replace(_SQUARE, name="starcoder2", activations=_GELU_TANH, biases=_ALL, needs_biases=True),
     replace(_PHI, name="nemotron", activations=("relu2",), needs_biases=False),
     replace(_PHI, name="stablelm", biases=("qkv",), needs_biases=False),
-    replace(_PHI, name="phi2", activations=_GELU_TANH, one_norm=True),
+    replace(_PHI, name="phi2", activations=_GELU_TANH),
     replace(_NEIGHBOURS, name="olmo"),
     replace(_COHERE, name="command-r"),
     replace(_COHERE, name="cohere2", window_period=4),
@@ -240,7 +232,7 @@ _KNOWN = (
         name="lfm2",
         optional_attention=True,
         mixer="convolution",
-        final_norm="token_embd_norm",
+        renamed={"output_norm.weight": "token_embd_norm.weight"},
     ),
 )
 ARCHITECTURES = {"llama, experts" if x is _LLAMA_EXPERTS else x.name: x for x in _KNOWN}

@@ -134,9 +134,9 @@ def _rotary_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
         if rope.get("attention_factor") is not None:
             yield "it derives YaRN's factor on attention from the scaling factor (attention_factor)"
         mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-        if arch.latent and not (mscale and mscale == all_dim):
+        if facts.family.latent and not (mscale and mscale == all_dim):
             yield "it takes YaRN with one mscale and mscale_all_dim"
-        if not arch.latent and mscale is not None:
+        if not facts.family.latent and mscale is not None:
             yield "it takes YaRN with no mscale"
 
 
@@ -206,7 +206,8 @@ def _mixer_misfits(arch: Architecture, facts: ModelFacts) -> Iterator[str]:
             yield "every n-th of its layers has attention, and here they are at no such distance"
         if config.linear_key_head_dim != config.linear_value_head_dim:
             yield "its recurrent layers have values as wide as keys (linear_value_head_dim)"
-    if arch.latent and config.q_lora_rank is not None and len(layers) in _DIRECT_QUERIES:
+    latent = facts.family.latent and config.q_lora_rank is not None
+    if latent and len(layers) in _DIRECT_QUERIES:
         yield f"with {len(layers)} layers its queries come straight from the width (q_lora_rank)"
 
 

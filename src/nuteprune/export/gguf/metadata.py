@@ -30,13 +30,13 @@ def model_keys(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, shape: S
         UserError: if the config has a number that a file has no room for.
     """
     config, family = facts.config, facts.family
-    keys = _count_keys(arch, shape) | _mixer_keys(anatomy, arch, facts)
+    keys = _count_keys(arch, facts, shape) | _mixer_keys(anatomy, arch, facts)
     keys |= _expert_keys(anatomy, arch, shape)
     keys["vocab_size"] = config.vocab_size
     keys["context_length"] = context_length(arch, facts)
     keys["embedding_length"] = shape.hidden
     keys["block_count"] = len(shape.layers)
-    keys |= _head_keys(arch, facts)
+    keys |= _head_keys(facts)
     if family.norm.startswith("layer"):
         norm: Any = anatomy.final_norm  # OLMo's has no attribute, and the default
         epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5))
@@ -71,7 +71,7 @@ def model_keys(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, shape: S
     return keys
 
 
-def _count_keys(arch: Architecture, shape: Shape) -> Keys:
+def _count_keys(arch: Architecture, facts: ModelFacts, shape: Shape) -> Keys:
     """Return how many heads and neurons there are, in each layer or in all."""
     layers, each = shape.layers, arch.per_layer
     heads, kv_heads = [x.heads for x in layers], [x.kv_heads for x in layers]
@@ -79,7 +79,7 @@ def _count_keys(arch: Architecture, shape: Shape) -> Keys:
     if arch.experts is not None:  # the layers without are alike, and so are the others
         dense = [x.neurons for x in layers if not x.experts]
         neurons = dense or [x.expert_neurons for x in layers]
-    most = 1 if arch.latent else max(kv_heads)
+    most = 1 if facts.family.latent else max(kv_heads)
     # Where there are none, an architecture has a convolution or Mamba 2.
     states_kv_heads = each or arch.mixer in ("convolution", "mamba2")
     return {
@@ -89,11 +89,11 @@ def _count_keys(arch: Architecture, shape: Shape) -> Keys:
     }
 
 
-def _head_keys(arch: Architecture, facts: ModelFacts) -> Keys:
+def _head_keys(facts: ModelFacts) -> Keys:
     """Return how wide heads are."""
     config, key, value = facts.config, facts.head_dim, facts.head_dim
     further: Keys = {}
-    if arch.latent:
+    if facts.family.latent:
         # What is cached: one head of the latent, and of the features that are rotated beside it.
         rotated = facts.rotary_dimensions
         further["attention.key_length_mla"] = config.qk_nope_head_dim + rotated

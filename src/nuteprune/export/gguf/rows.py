@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from math import gcd
 from typing import TYPE_CHECKING
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, some
 from nuteprune.model.shape import SUPER_BLOCK, LayerShape, Shape
 
 if TYPE_CHECKING:
@@ -55,43 +55,46 @@ def _padded_layer(layer: LayerShape, optional_attention: bool, quantized: bool) 
     return LayerShape(*heads, neurons, mixer=layer.mixer)
 
 
+def _rows(shape: Shape, head_dim: int) -> Iterator[tuple[int, str, str]]:
+    """Yield the lengths of rows: how long, which rows are so, and what would make them fit."""
+    yield shape.hidden, f"the width is {shape.hidden}", f"prune with --set hidden_multiple={BLOCK}"
+    multiples = f"keep heads in multiples of {BLOCK // gcd(BLOCK, head_dim)} (--shape)"
+    for i, layer in enumerate(shape.layers):
+        features = layer.heads * head_dim
+        which = f"layer {i} has {layer.heads} heads of {head_dim}, {features} features"
+        yield features, which, multiples
+        for neurons in (layer.expert_neurons, layer.neurons):
+            which = f"layer {i} has experts of {neurons} neurons"
+            yield neurons, which, f"prune with --set neuron_multiple={BLOCK}"
+
+
 def check_rows(shape: Shape, head_dim: int, type_name: str) -> None:
     """Refuse rows that a quantized type cannot hold: it stores blocks of `BLOCK` weights.
+
+    Args:
+        shape: of `padded_shape`: what no expert has is filled up.
+        head_dim: features of a head.
+        type_name: the type.
 
     Raises:
         UserError: naming the rows and what would make them fit.
     """
-    start = f"--type {type_name} stores rows in blocks of {BLOCK}, and"
-    instead = "pass --type f16 or bf16, or"
-    if shape.hidden % BLOCK:
-        raise UserError(
-            f"{start} the width is {shape.hidden}: {instead} prune with --set "
-            f"hidden_multiple={BLOCK}"
-        )
-    for i, layer in enumerate(shape.layers):
-        if (features := layer.heads * head_dim) % BLOCK:
+    for size, which, remedy in _rows(shape, head_dim):
+        if size % BLOCK:
             raise UserError(
-                f"{start} layer {i} has {layer.heads} heads of {head_dim}, {features} features: "
-                f"{instead} keep heads in multiples of {BLOCK // gcd(BLOCK, head_dim)} (--shape)"
+                f"--type {type_name} stores rows in blocks of {BLOCK}, and {which}: pass --type "
+                f"f16 or bf16, or {remedy}"
             )
-        for neurons in (layer.expert_neurons, layer.experts and layer.neurons):
-            if neurons % BLOCK:
-                raise UserError(
-                    f"{start} layer {i} has experts of {neurons} neurons: {instead} prune with "
-                    f"--set neuron_multiple={BLOCK}"
-                )
 
 
 def torn_rows(shape: Shape, head_dim: int) -> list[str]:
     """Return a line on rows that K-quants cannot store whole, none where there are no such rows."""
-    counts = ((x.neurons, x.expert_neurons, x.heads * head_dim) for x in shape.layers)
-    rows = {shape.hidden, *(count for layer in counts for count in layer)}
-    odd = sorted(x for x in rows if x % SUPER_BLOCK)
-    more = f" and {len(odd) - 6} more" * (len(odd) > 6)
-    return [
-        f"K-quants store blocks of {SUPER_BLOCK}, so rows of {', '.join(map(str, odd[:6]))}{more} "
-        "would be stored in other types, larger or coarser"
-    ][: len(odd)]
+    odd = sorted({size for size, _, _ in _rows(shape, head_dim) if size % SUPER_BLOCK})
+    said = (
+        f"K-quants store blocks of {SUPER_BLOCK}, so rows of {some(odd, 6)} would be stored in "
+        "other types, larger or coarser"
+    )
+    return [said] if odd else []
 
 
 def check_super_blocks(shape: Shape, head_dim: int, kinds: Collection[str]) -> None:

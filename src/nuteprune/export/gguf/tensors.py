@@ -83,18 +83,19 @@ def all_tensors(anatomy: Anatomy, arch: Architecture, facts: ModelFacts, target:
         yield "output.weight", values_of(anatomy.head.weight) / np.float32(divisor)
         if getattr(anatomy.head, "bias", None) is not None:
             yield "output.bias", values_of(anatomy.head.bias)
-    yield from _norm_tensors(anatomy, arch.final_norm, anatomy.final_norm)
+    for name, values in _norm_tensors(anatomy, "output_norm", anatomy.final_norm):
+        yield arch.renamed.get(name, name), values
     yield from _rope_tensors(facts)
     for i, want in enumerate(target.layers):
         for name, values in _layer_tensors(anatomy, arch, i, want, factors):
-            yield f"blk.{i}.{name}", values
+            yield f"blk.{i}.{arch.renamed.get(name, name)}", values
 
 
 def _layer_tensors(
     anatomy: Anatomy, arch: Architecture, layer: int, want: LayerShape, factors: dict[str, float]
 ) -> Named:
     have, family, factors = anatomy.shape.layers[layer], anatomy.family, dict(factors)
-    yield from _block_norms(anatomy, arch, layer, want)
+    yield from _block_norms(anatomy, layer, want)
     if family.latent:
         yield from latent_attention_tensors(anatomy, layer)
     elif have.attention:
@@ -112,8 +113,7 @@ def _layer_tensors(
     elif want.attention and family.qk_norms:  # of a head of zeros
         for role in ("q", "k"):
             yield f"attn_{role}_norm.weight", np.ones(anatomy.head_dim, np.float32)
-    maps = {role: x.scaled(factors.get(role, 1.0)) for role, x in _maps(anatomy, layer).items()}
-    for role, linear in _as_stored(maps, anatomy, arch, want).items():
+    for role, linear in _maps(anatomy, arch, layer, want, factors).items():
         yield f"{_NAMES[role]}.weight", linear.weight_OI
         if linear.bias_O is not None:
             yield f"{_NAMES[role]}.bias", linear.bias_O
@@ -144,20 +144,20 @@ def _norm_tensors(anatomy: Anatomy, name: str, norm: Any, factor: float = 1.0) -
         yield f"{name}.bias", values_of(norm.bias) * np.float32(factor)
 
 
-def _block_norms(anatomy: Anatomy, arch: Architecture, layer: int, want: LayerShape) -> Named:
+def _block_norms(anatomy: Anatomy, layer: int, want: LayerShape) -> Named:
     """Yield the norms of what blocks read and write."""
+    family = anatomy.family
+    reads_norms = {*family.norms} - {*(family.post_norms or ())}  # else the stream as it is
     for block, name, is_written in (
         ("attn_block", "attn_norm", want.attention),
-        ("mlp_block", arch.mlp_norm, want.mlp),
+        ("mlp_block", "ffn_norm", want.mlp),
     ):
-        if not arch.pre_norms or (block == "mlp_block" and arch.one_norm):
+        if not reads_norms or (block == "mlp_block" and family.shared_norms):
             continue
         norm = anatomy.pre_norm(layer, block)
         if norm is None and is_written:  # what it feeds is zero
             yield f"{name}.weight", np.ones(anatomy.shape.hidden, np.float32)
-        for full_name, values in _norm_tensors(anatomy, name, norm):
-            is_bare = arch.bare_mlp_norm and block == "mlp_block"
-            yield full_name.removesuffix(".weight") if is_bare else full_name, values
+        yield from _norm_tensors(anatomy, name, norm)
     for block, name in (("attn_block", "post_attention_norm"), ("mlp_block", "post_ffw_norm")):
         yield from _norm_tensors(anatomy, name, anatomy.post_norm(layer, block))
 
@@ -174,58 +174,53 @@ def _rope_tensors(facts: ModelFacts) -> Named:
             yield f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32)
 
 
-def _maps(anatomy: Anatomy, layer: int) -> Maps:
-    """Return a layer's maps by role; experts, latent attention and mixers are none of them."""
-    shape, found = anatomy.shape.layers[layer], Maps()
-    if shape.attention and not anatomy.family.latent:
-        parts = [x for p in anatomy.family.attention for x in _unstacked(anatomy, layer, p)]
-        found |= zip(("q", "k", "v", "o"), parts, strict=True)
-    if shape.mlp and not shape.experts:
-        parts = [x for p in anatomy.family.mlp for x in _unstacked(anatomy, layer, p)]
-        found |= zip(("gate", "up", "down")[-len(parts) :], parts, strict=True)
-    return found
+def _maps(
+    anatomy: Anatomy, arch: Architecture, layer: int, want: LayerShape, factors: dict[str, float]
+) -> Maps:
+    """Return a layer's maps as the architecture has them, zero where the model has nothing.
 
-
-def _unstacked(anatomy: Anatomy, layer: int, projection: Projection) -> list[LinearMap]:
-    """Return the maps that a module stacks, in the order of its axes."""
-    linear, shape = anatomy.linear(layer, projection), anatomy.shape.layers[layer]
-    assert linear is not None
-    bias_O = None if linear.bias is None else values_of(linear.bias)
-    stacked = LinearMap(values_of(linear.weight), bias_O)
-    if projection.rows == ("hidden",):
-        return [stacked]
-    places = np.arange(linear.out_features)
-    if projection.rows == ("qkv",):
-        by_head = places.reshape(shape.heads, 3, anatomy.head_dim)
-        return [stacked.rows(by_head[:, j].reshape(-1)) for j in range(3)]
-    sizes = axis_sizes(shape, anatomy.head_dim)
-    ends = np.cumsum([sizes[axis] for axis in projection.rows])
-    return [stacked.rows(x) for x in np.split(places, ends[:-1])]
-
-
-def _as_stored(maps: Maps, anatomy: Anatomy, arch: Architecture, want: LayerShape) -> Maps:
-    """Return a layer's maps as the architecture has them, zero where the model has nothing."""
-    family, head_dim, hidden = anatomy.family, anatomy.head_dim, anatomy.shape.hidden
-    sizes: dict[str, tuple[int, int]] = {}
+    Experts, latent attention and mixers are none of them.
+    """
+    family, found = anatomy.family, Maps()
     if want.attention and not family.latent:
-        q, kv = want.heads * head_dim, want.kv_heads * head_dim
-        gates = family.attention[0].rows == ("qgate",)
-        sizes |= {"q": (q * (1 + gates), hidden), "k": (kv, hidden), "v": (kv, hidden)}
-        sizes["o"] = (hidden, q)
+        parts = [x for p in family.attention for x in _unstacked(anatomy, layer, p, want)]
+        found |= zip(("q", "k", "v", "o"), parts, strict=True)
     if not want.experts:
-        is_gated = sum(len(p.rows) for p in family.mlp[:-1]) > 1
-        sizes |= dict.fromkeys(("gate", "up") if is_gated else ("up",), (want.neurons, hidden))
-        sizes["down"] = (hidden, want.neurons)
-    empty = LinearMap(np.zeros((0, 0), np.float32))
-    found = {role: maps.get(role, empty).padded(*size) for role, size in sizes.items()}
+        parts = [x for p in family.mlp for x in _unstacked(anatomy, layer, p, want)]
+        found |= zip(("gate", "up", "down")[-len(parts) :], parts, strict=True)
+    found = {role: x.scaled(factors.get(role, 1.0)) for role, x in found.items()}
     if arch.interleaved_rope and family.rope_pairs == "halves" and "q" in found:
-        for role, heads in (("q", want.heads), ("k", want.kv_heads)):
-            found[role] = found[role].rows(_neighbours(heads, head_dim))
+        for role in ("q", "k"):
+            found[role] = found[role].rows(_neighbours(found[role], anatomy.head_dim))
     if arch.fused_qkv and "q" in found:
         found["qkv"] = _stacked([found.pop(role) for role in ("q", "k", "v")])
     if arch.fused_gate:
         found["up"] = _stacked([found.pop("gate"), found["up"]])
     return found
+
+
+def _unstacked(
+    anatomy: Anatomy, layer: int, projection: Projection, want: LayerShape
+) -> list[LinearMap]:
+    """Return the maps that a module stacks, in the order of its axes, filled up with zeros."""
+    linear, head_dim = anatomy.linear(layer, projection), anatomy.head_dim
+    have, filled = (
+        axis_sizes(x, head_dim) | {"hidden": anatomy.shape.hidden}
+        for x in (anatomy.shape.layers[layer], want)
+    )
+    axes = ("q",) * 3 if projection.rows == ("qkv",) else projection.rows
+    if linear is None:
+        parts = [LinearMap(np.zeros((0, 0), np.float32))] * len(axes)
+    else:
+        bias_O = None if linear.bias is None else values_of(linear.bias)
+        order_O = np.arange(linear.out_features)
+        if projection.rows == ("qkv",):
+            order_O = order_O.reshape(-1, 3, head_dim).swapaxes(0, 1).reshape(-1)
+        ends = np.cumsum([have[axis] for axis in axes])[:-1]
+        stacked = LinearMap(values_of(linear.weight), bias_O)
+        parts = [stacked.rows(x) for x in np.split(order_O, ends)]
+    inputs = filled[projection.columns]
+    return [x.padded(filled[axis], inputs) for axis, x in zip(axes, parts, strict=True)]
 
 
 def _stacked(maps: list[LinearMap]) -> LinearMap:
@@ -234,7 +229,7 @@ def _stacked(maps: list[LinearMap]) -> LinearMap:
     return LinearMap(weight_OI, np.concatenate(biases) if biases else None)
 
 
-def _neighbours(heads: int, head_dim: int) -> NDArray[np.int64]:
+def _neighbours(linear: LinearMap, head_dim: int) -> NDArray[np.int64]:
     """Return the row order that puts features that rotate together side by side."""
-    rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
+    rows = np.arange(len(linear.weight_OI)).reshape(-1, 2, head_dim // 2)
     return rows.transpose(0, 2, 1).reshape(-1)

@@ -19,13 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.errors import UserError
-from nuteprune.export.gguf.splits import (
-    IGNORE_MERGES,
-    PROBES,
-    SPLITS,
-    find_split,
-    pre_tokenizer,
-)
+from nuteprune.export.gguf.splits import IGNORE_MERGES, PROBES, SPLITS, find_split, pre_tokenizer
 
 KEY = Keys.Tokenizer
 """gguf's names for the keys of a file that describe a tokenizer."""
