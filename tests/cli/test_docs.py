@@ -85,7 +85,6 @@ HOW = {
     "--tasks commonsense7": PARSED,
     "nuteprune bench small --against Qwen/Qwen3-0.6B --save": EXECUTED,
     "nuteprune bench small --against demo": LIKE,
-    "nuteprune bench small --against demo --engine llama.cpp --threads 1": PARSED,
     "nuteprune bench better --against huggyllama/llama-7b --batch-sizes 1,8 --lengths 512": LIKE,
     "nuteprune recover small --data my_instructions.jsonl --out better": EXECUTED,
     "nuteprune recover small --out better --steps 100": LIKE,

@@ -24,7 +24,7 @@ from nuteprune.judge.bench import (
     verdict,
 )
 from nuteprune.judge.work import Work, Workload, experts_met
-from nuteprune.judge.worker import TorchRunner, Worker
+from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
 from tests.forked import workers
 from tests.greedy import continuation
@@ -32,18 +32,18 @@ from tests.greedy import continuation
 SETTING = Workload(batch_size=2, length=6, new_tokens=3)
 
 
-def load(folder: str) -> TorchRunner:
+def load(folder: str) -> PreTrainedModel:
     torch.set_num_threads(1)
-    return TorchRunner(load_pruned(folder))
+    return load_pruned(folder)
 
 
-def kill_process() -> TorchRunner:
+def kill_process() -> PreTrainedModel:
     import os
 
     os._exit(9)
 
 
-def refuse() -> TorchRunner:
+def refuse() -> PreTrainedModel:
     raise UserError("no such model")
 
 
@@ -263,11 +263,11 @@ def test_a_worker_does_not_run_the_script_that_starts_it_again(folder: Path) -> 
     script = folder.parent / f"{folder.name}.py"  # as people write it, with no guard
     script.write_text(
         "import torch\n"
-        "from nuteprune.jobs.timing import Engine\n"
+        "from nuteprune.jobs.timing import Computing\n"
         "from nuteprune.judge.worker import Worker\n"
         "print('begun')\n"
-        "engine = Engine('transformers', 'cpu', torch.float32, threads=1)\n"
-        f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None)) as worker:\n"
+        "how = Computing('cpu', torch.float32, threads=1)\n"
+        f"with Worker('tiny', how.loader_of({str(folder)!r})) as worker:\n"
         "    print(worker.about.threads)\n"
     )
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

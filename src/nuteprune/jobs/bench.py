@@ -15,14 +15,7 @@ from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.options import Benchmark
 from nuteprune.jobs.sources import load_model, read_config, use_family
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import (
-    TRANSFORMERS,
-    Engine,
-    conditions,
-    measure,
-    pick_engine,
-    write_speed,
-)
+from nuteprune.jobs.timing import Computing, conditions, measure, write_speed
 from nuteprune.jobs.verdicts import LABELS
 from nuteprune.judge.bench import say_ratio
 from nuteprune.judge.work import Workload
@@ -47,15 +40,10 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
         _positive(asked.threads, "--threads")
     names = [model] if against in (None, model) else [model, str(against)]
     target = _target(names, asked.overwrite) if asked.save else None
-    chosen = pick_engine(asked.engine, asked.device, asked.dtype, asked.threads)
+    how = Computing.asked(asked.device, asked.dtype, asked.threads)
     for name in names:
         read_config(name)
     if asked.save_costs is not None:
-        if chosen.name != TRANSFORMERS:
-            raise UserError(
-                f"--save-costs times blocks in transformers, and --engine {asked.engine} has none "
-                "of them; leave one of the two out"
-            )
         if against is not None or asked.save:
             raise UserError(
                 "--save-costs writes a table of MODEL alone; leave out --against and --save, or "
@@ -64,9 +52,9 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
         path = at_home(asked.save_costs)
         reads = [("model", model), ("entry", asked.family)]
         check_file("--save-costs", path, reads, asked.overwrite, "costs.json")
-        return _costs(model, path, settings[0], chosen, output)
+        return _costs(model, path, settings[0], how, output)
     with output.bars() as bars:
-        found = measure(names, settings, asked.repeats, chosen, bars)
+        found = measure(names, settings, asked.repeats, how, bars)
     found["against"] = against  # a model may be its own dense one
     _print(found, output)
     if target is not None:
@@ -76,13 +64,13 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
 
 
 def _costs(
-    model: str, path: Path, setting: Workload, engine: Engine, output: Output
+    model: str, path: Path, setting: Workload, how: Computing, output: Output
 ) -> dict[str, Any]:
     """Write the table that `prune --costs` takes, and return it with its path as `out`."""
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
-    loaded = load_model(model, engine.dtype)
-    table = write_table(path, loaded, setting, engine.device, engine.dtype)
+    if how.threads is not None:
+        torch.set_num_threads(how.threads)
+    loaded = load_model(model, how.dtype)
+    table = write_table(path, loaded, setting, how.device, how.dtype)
     parts = [(f"{x['heads']} heads on {x['kv_heads']} KV heads", x) for x in table["attention"]]
     parts += [(f"{x['neurons']} neurons", x) for x in table["mlp"]]
     parts.append(("all else", table["rest"]))

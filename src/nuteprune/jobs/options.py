@@ -70,11 +70,6 @@ class Benchmark:
 
     model: str = setting(_HELP["model"], MISSING)
     against: str | None = option("The dense model, timed in turns.")
-    engine: str = option(
-        "What runs the models: transformers, or llama.cpp, which reads GGUF files that "
-        "bench exports in --dtype float16, bfloat16 or float32.",
-        "transformers",
-    )
     batch_sizes: str = option("Sequences at a time, with commas.", "1,4")
     lengths: str = option("Tokens of the prompt, with commas.", "256")
     new_tokens: int = option("Tokens decoded after the prompt.", 32)

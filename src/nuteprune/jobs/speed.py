@@ -19,7 +19,7 @@ from nuteprune.files import cache_folder, write_json
 from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.sources import pick_device, pick_dtype
-from nuteprune.jobs.timing import TRANSFORMERS, measure, pick_engine, write_speed
+from nuteprune.jobs.timing import Computing, measure, write_speed
 from nuteprune.judge.bench import PASSES, hardware_of, say_ratio
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.work import Workload
@@ -96,9 +96,9 @@ def measure_beside(
     job: PruneJob, folder: Path, setting: Workload, output: Output
 ) -> dict[str, Any]:
     """Measure a job's checkpoint beside the dense model, and keep what is found for its report."""
-    engine = pick_engine(TRANSFORMERS, job.device, job.dtype)
+    how = Computing.asked(job.device, job.dtype)
     with output.bars() as bars:
-        speed = measure([str(folder.absolute()), job.dense], [setting], PASSES, engine, bars)
+        speed = measure([str(folder.absolute()), job.dense], [setting], PASSES, how, bars)
     write_speed(folder / RUN / SPEED, speed)
     return speed
 
