@@ -22,7 +22,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.model.weights import bring_home
 from nuteprune.processes import is_main, main_ones
 from nuteprune.products import Products
-from nuteprune.run_folder import SAMPLES, SELF_WRITTEN, TEXT
+from nuteprune.run_folder import SAMPLES, SELF_WRITTEN
 from nuteprune.stages.judge import Figures, entries, judge, judge_beside
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
@@ -148,8 +148,6 @@ class Run:
         """
         trainer = self.first if goal is self.goals[0] else self.trainer_of(goal)
         trainer.masks, trainer.weights = masks, weights
-        if is_main():
-            write_json(trainer.run_folder / TEXT, self.text.training.fingerprint.to_dict())
         if self.steps_in_time is not None:
             self.args.max_steps = trainer.args.max_steps = main_ones(
                 self.steps_in_time(self, trainer)

@@ -78,7 +78,6 @@ HOW = {
     "--data medicine.jsonl": PARSED,
     "nuteprune eval ladder/sparsity-0.2 --against demo": EXECUTED,
     "nuteprune eval small --against demo --prompts asked.jsonl --answer-tokens 128": EXECUTED,
-    "nuteprune eval out/run/checkpoint-200 --against Qwen/Qwen3-0.6B --data my_text.jsonl": LIKE,
     "nuteprune eval small --against Qwen/Qwen3-0.6B --tasks commonsense7 --batch-size 16": PARSED,
     "nuteprune eval small --tasks school --include-path my-tasks": PARSED,
     "nuteprune eval better --against huggyllama/llama-7b --data wikitext2 "

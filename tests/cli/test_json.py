@@ -124,8 +124,6 @@ def test_eval(run: Run) -> None:
     check(last(run, "eval", "small", "--data", "my_text.jsonl"), known, *both[:2])
     against = ["--against", DENSE, "--data", "my_text.jsonl"]
     check(last(run, "eval", "small", *against), known, *both)
-    midway = last(run, "eval", "out/run/checkpoint-200", *against)
-    check(midway, known, *both, "midway_sparsity")
 
 
 def test_bench(run: Run) -> None:

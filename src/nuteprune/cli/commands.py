@@ -117,8 +117,8 @@ def evaluate(model: o.Model, **given: Any) -> o.Work:
 
     Perplexity is measured on text, copying on random tokens. With --against also whether greedy
     answers loop, and what is lost on tokens that need their context. Tasks are zero-shot unless
-    --fewshot says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without
-    --data, --protocol and --tasks the text is the held-out part of the demo's.
+    --fewshot says otherwise. Without --data, --protocol and --tasks the text is the held-out part
+    of the demo's.
     """
     asked = Evaluation(model, **given)
     from nuteprune.jobs.evaluate import run

@@ -20,7 +20,7 @@ _HELP = {name: x.help for name, x in declared(PruneJob).items()}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `eval` is asked to do; the model may also be `OUT/run/checkpoint-N`."""
+    """What `eval` is asked to do."""
 
     model: str = setting(_HELP["model"], MISSING)
     against: str | None = option(
@@ -54,7 +54,6 @@ class Evaluation:
     copying_seed: int | None = option(
         "Seed of the tokens to copy. Pass 0 to 9 while you choose a model."
     )
-    base: str | None = option("Where the dense model of OUT/run/checkpoint-N is, if it was moved.")
     family: str | None = option(_HELP["family"])
     trust_remote_code: bool = option(_HELP["trust_remote_code"], False)
 

@@ -41,7 +41,6 @@ class Verdicts:
         perplexity: model -> text -> perplexity.
         copying: model -> how well it copies from its context, where that can be measured.
         tasks: model -> task -> score.
-        midway: model -> sparsity of its masks, of models in the middle of a run.
         retention: `perplexity`, `copying` and `tasks` -> text or task -> percent; see `compare`.
         flips: task -> questions that one model has right and the other wrong; see `compare`.
         beside: what `judge_beside` says of the first model; empty: not judged.
@@ -53,7 +52,6 @@ class Verdicts:
     perplexity: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     copying: dict[str, Copying] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
-    midway: dict[str, float] = dataclasses.field(default_factory=dict)
     flips: dict[str, Flips] = dataclasses.field(default_factory=dict)
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     retention: dict[str, Retention] = dataclasses.field(default_factory=dict)
@@ -101,7 +99,6 @@ class Verdicts:
             "retention": self.retention,
             "retention_stderr": self.retention_stderr,
             "flips": {task: found._asdict() for task, found in self.flips.items()},
-            "midway_sparsity": self.midway,
             **self.beside,
         }
 
@@ -109,8 +106,7 @@ class Verdicts:
         """Print tables, each with how its figures came about."""
         names = list(self.perplexity or self.tasks or self.copying)
         for label, name in zip(LABELS, names, strict=False):
-            step = f", midway: masks at {self.midway[name]:.2%}" if name in self.midway else ""
-            output.line(f"{label}: {name}{step}")
+            output.line(f"{label}: {name}")
         for kind, title in _TITLES.items():
             texts = [name for name, x in self.blocks.items() if x.described.get("kind") == kind]
             if texts and self.perplexity:
