@@ -17,7 +17,6 @@ judge.json                                       judge: figures of the dense mod
 metrics.jsonl  checkpoint-N/                     teach: a line per step, and what is resumed from
 teachers/                                        snapshots that teach, of recipes that ask for them
 samples.json  speed.json  report.html            what the report shows, and the report
-dense/                                           the dense model that `recover` compares with
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ SELF_WRITTEN = f"{SELF}.jsonl"
 SAMPLES = "samples.json"
 SPEED = "speed.json"
 REPORT = "report.html"
-DENSE = "dense"
 VOCAB = "vocab"
 HALF_WRITTEN = ".cut-"
 """How the names of folders begin in which weights wait for their tensors to be mapped."""

@@ -71,7 +71,9 @@ class Computing:
             bring_along(from_dict(entry, Path("--family")))
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return load_model(model, self.dtype).to(self.device)  # type: ignore[arg-type]
+        loaded = load_model(model, self.dtype)
+        loaded.to(self.device)  # type: ignore[arg-type]
+        return loaded
 
 
 def _on_disk(model: str) -> int | None:
