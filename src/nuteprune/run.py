@@ -53,8 +53,8 @@ class Run:
         first: the trainer of the first goal.
         trainer_of: makes the trainer of a goal.
         reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
-        folder_of: where a goal's checkpoint goes.
-        run_folder_of: where a goal's products and checkpoints of training go.
+        run_folder_of: where a goal's products and checkpoints of training go; its checkpoint goes
+            above.
         resumes: whether the run goes on with what is in its folder.
         around: the other parts of a model of several modalities; None: there are none.
         about: further keys of each record.
@@ -70,7 +70,6 @@ class Run:
     first: NutePruneTrainer
     trainer_of: Callable[[Target], NutePruneTrainer]
     reload: Callable[[Any], PreTrainedModel]
-    folder_of: Callable[[Target], Path]
     run_folder_of: Callable[[Target], Path]
     resumes: bool
     around: Around | None
@@ -201,7 +200,7 @@ class Run:
         """Write a checkpoint with its record; returns its folder, and the record."""
         figures = dict(judged)
         write_json(trainer.run_folder / SAMPLES, figures.pop("samples", []))
-        folder = self.folder_of(trainer.goal)
+        folder = self.run_folder_of(trainer.goal).parent
         costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
         record = {**figures, **self.about(), **costs}
         return folder, trainer.save_pruned(folder, around=self.around, **record)

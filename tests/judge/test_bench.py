@@ -204,16 +204,10 @@ def measured(ratio: float, spread: float = 0.0) -> dict[str, dict[str, Any]]:
     return compare(SETTING, ours, [Timing(1.0, 3.0)] * 5, cut, work(head=0))
 
 
-def test_a_model_that_is_faster_and_below_its_bound_is_told_why() -> None:
-    odd, even = work(), work(neurons=256)
-    good, bad = measured(1.9), measured(1.2)
-    assert good["decode"]["reached"] == pytest.approx(0.95)
-    assert advice([good], odd) == []
-    prefill, decode, remedy = advice([good, bad], odd)
-    assert prefill.startswith("prefill reaches 60% of its bound at worst: time goes into what does")
-    assert decode.startswith("decode reaches 60%")
-    assert "multiples of 96; prune with --set neuron_multiple=128" in remedy
-    assert "no larger one" in advice([bad], even)[-1]
+def test_a_model_that_is_faster_is_told_how_near_to_its_bound() -> None:
+    found = measured(1.9)
+    assert found["decode"]["reached"] == pytest.approx(0.95)
+    assert advice([found, measured(1.2)], work()) == []
 
 
 @pytest.mark.parametrize("comparison", [measured(1.2, spread=0.3), measured(2.5)])
@@ -225,14 +219,14 @@ def test_what_is_no_measurement_has_no_share_of_the_bound_and_no_reason(
     assert advice([comparison], work()) == []
 
 
-def test_a_slower_model_is_not_told_that_what_does_not_shrink_slows_it() -> None:
+def test_a_slower_model_is_told_what_may_slow_it() -> None:
     found = measured(0.5)
     assert {x["reached"] for x in found.values()} == {None}
-    prefill, decode, _ = advice([measured(1.9), found], work())
+    prefill, decode, remedy = advice([measured(1.9), found], work())
     for phase, line in (("prefill", prefill), ("decode", decode)):
         assert line.startswith(f"{phase} is slower than the dense model, 0.50 x at worst")
-        assert "does not shrink" not in line
-        assert "of its bound" not in line
+    assert "multiples of 96; prune with --set neuron_multiple=128" in remedy
+    assert len(advice([found], work(neurons=256))) == 2
 
 
 @pytest.fixture(scope="module")

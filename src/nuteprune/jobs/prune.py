@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,16 @@ class Result:
     Args:
         records: folder -> record of each checkpoint, one per target, growing.
         plan: the plan of a dry run; None for other runs.
-        speedups: folder -> what was measured, where speed was asked for.
     """
 
     records: dict[Path, dict[str, Any]]
     plan: dict[str, Any] | None = None
-    speedups: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return the record, with the folder as `out`; of several targets a list in `targets`."""
         if self.plan is not None:
             return self.plan
-        lines = []
-        for folder, record in self.records.items():
-            speedup = {"speedup": self.speedups[folder]} if folder in self.speedups else {}
-            lines.append({"out": str(folder), **record, **speedup})
+        lines = [{"out": str(folder), **record} for folder, record in self.records.items()]
         return lines[0] if len(lines) == 1 else {"targets": lines}
 
 
@@ -106,27 +101,29 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
         return None
     if result.plan is None:
         print_results(result.records, output)
-        finish(job, result, output)
+        finish(job, result.records, output)
     return result.summary()
 
 
-def finish(job: PruneJob, result: Result, output: Output) -> None:
+def finish(job: PruneJob, records: dict[Path, dict[str, Any]], output: Output) -> None:
     """Measure the speed that was asked for, write the reports, and hold the result to it.
+
+    Records get what is measured as `speedup`.
 
     Raises:
         RunFailed: if the result is too slow.
     """
-    fast = {k: x for k, x in result.records.items() if x["asked"]["kind"] == "speedup"}
+    fast = {k: x for k, x in records.items() if x["asked"]["kind"] == "speedup"}
     if fast:
         from nuteprune.jobs.speed import check_speed, judge_speed  # few runs ask for it
 
-        result.speedups = judge_speed(job, fast, output)
-    for folder in result.records:
+        judge_speed(job, fast, output)
+    for folder in records:
         print_report(folder, output)
     # Judged by text that the run did not read.
     output.line(f"Next    nuteprune eval {folder} --against {job.dense} --data YOUR_TEXT")
-    for folder, speedup in result.speedups.items():
-        check_speed(result.records[folder], speedup)
+    for record in fast.values():
+        check_speed(record)
 
 
 def run(job: PruneJob, output: Output) -> Result | None:

@@ -103,36 +103,32 @@ def measure_beside(
     return speed
 
 
-def judge_speed(
-    job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output
-) -> dict[Path, dict[str, Any]]:
-    """Measure checkpoints with a target speed, as `bench` does; returns folder -> `speedup`.
+def judge_speed(job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output) -> None:
+    """Measure checkpoints with a target speed, as `bench` does, and add `speedup` to their records.
 
     Args:
         job: the job.
         records: folder -> record of each checkpoint that is to be fast.
         output: prints.
     """
-    found: dict[Path, dict[str, Any]] = {}
     for folder, record in records.items():
         asked = record["asked"]
         speed = measure_beside(job, folder, Workload(*moment(asked["at"])), output)
-        ratio = speed["settings"][0]["speedup"][asked["for"]]
+        record["speedup"] = speed["settings"][0]["speedup"]
+        ratio = record["speedup"][asked["for"]]
         output.line(
             f"Speed   {asked['for']} at {asked['at']}: {say_ratio(ratio)}; passes in pairs give "
             f"{ratio['low']:.2f} to {ratio['high']:.2f}, and {asked['value']:g} x was asked for"
         )
-        found[folder] = speed["settings"][0]["speedup"]
-    return found
 
 
-def check_speed(record: Mapping[str, Any], speedup: Mapping[str, Any]) -> None:
+def check_speed(record: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is slower than was asked for.
 
     Raises:
         RunFailed: if the whole spread lies below `MISSED` times the target.
     """
-    asked, ratio = record["asked"], speedup[record["asked"]["for"]]
+    asked, ratio = record["asked"], record["speedup"][record["asked"]["for"]]
     if ratio["high"] < MISSED * asked["value"]:
         raise RunFailed(
             f"the target was missed: {asked['for']} is {ratio['low']:.2f} to {ratio['high']:.2f} x "

@@ -18,8 +18,6 @@ from nuteprune.judge.work import Work, Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name
 
-GOOD = 0.9
-"""Share of the bound that counts as reached."""
 PASSES = 5
 """Fewer passes than this tell nothing of a difference."""
 _EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile evenly
@@ -169,33 +167,21 @@ def say_ratio(ratio: Mapping[str, Any]) -> str:
 
 
 def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -> list[str]:
-    """Return what to say where a model measured slower, or faster but below its bound.
+    """Return what to say where a model measured slower, though there is less work.
 
     Args:
         comparisons: of each setting, from `compare`.
         work: the model's.
     """
     lines = []
-    for phase, why in (
-        ("prefill", "attention within the prompt, norms and many small operations"),
-        ("decode", "attention over the context, norms and the calls of many small operations"),
-    ):
+    for phase in ("prefill", "decode"):
         ratios = [found[phase] for found in comparisons]
-        slower = [x["median"] for x in ratios if x["verdict"] == "slower"]
-        reached = [x["reached"] for x in ratios if x["reached"] is not None]
-        if slower:
+        if slower := [x["median"] for x in ratios if x["verdict"] == "slower"]:
             lines.append(
                 f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: less work "
                 "takes longer, so kernels do not suit the sizes that are left"
             )
-        if min(reached, default=GOOD) < GOOD:
-            lines.append(
-                f"{phase} reaches {min(reached):.0%} of its bound at worst: time goes into what "
-                f"does not shrink ({why}), the more so the smaller the model"
-            )
-    if lines and work.neurons % _EASY_MULTIPLE == 0:
-        lines.append(f"neuron counts are multiples of {work.neurons}: no larger one would help")
-    elif lines:
+    if lines and work.neurons % _EASY_MULTIPLE:
         lines.append(
             f"neuron counts are multiples of {work.neurons}; prune with --set neuron_multiple="
             f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
