@@ -129,7 +129,7 @@ class Comparison:
         path = self.bench.folder / "costs.json"
         if path.exists():
             return read_table(str(path))
-        return write_table(path, self.bench.model(), self.at, self.how.device, self.how.dtype)
+        return write_table(path, self.bench.model(), self.at, self.how)
 
     def rows(self, asked: float) -> list[dict[str, Any]]:
         """Return the rows of a speedup: by seconds, and by parameters."""

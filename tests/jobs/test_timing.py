@@ -36,7 +36,7 @@ def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
         class Fake:
             def __init__(self, name: str, *_: Any) -> None:
                 self.name = name
-                self.about = About(WORKS[name], None, "sdpa", 1, "CPU")
+                self.about = About(WORKS[name], "sdpa", 1, "CPU")
 
             def time(self, _: Workload) -> Timing:
                 order.append(self.name)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from nuteprune.console import Output, megabytes, millions
+from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
+from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
 from nuteprune.gates.costs import PHASES
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.options import Benchmark
-from nuteprune.jobs.sources import load_model, read_config, use_family
+from nuteprune.jobs.sources import load_model, locate, read_config, use_family
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import Computing, conditions, measure, write_speed
 from nuteprune.jobs.verdicts import LABELS
@@ -53,6 +55,10 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
         reads = [("model", model), ("entry", asked.family)]
         check_file("--save-costs", path, reads, asked.overwrite, "costs.json")
         return _costs(model, path, settings[0], how, output)
+    longest = max(x.length + x.new_tokens for x in settings)
+    for name in names:
+        what = f"a prompt of {name} with its new tokens"
+        check_positions(longest, load_config(locate(name)), what)
     with output.bars() as bars:
         found = measure(names, settings, asked.repeats, how, bars)
     found["against"] = against  # a model may be its own dense one
@@ -70,7 +76,7 @@ def _costs(
     if how.threads is not None:
         torch.set_num_threads(how.threads)
     loaded = load_model(model, how.dtype)
-    table = write_table(path, loaded, setting, how.device, how.dtype)
+    table = write_table(path, loaded, setting, how)
     parts = [(f"{x['heads']} heads on {x['kv_heads']} KV heads", x) for x in table["attention"]]
     parts += [(f"{x['neurons']} neurons", x) for x in table["mlp"]]
     parts.append(("all else", table["rest"]))

@@ -48,22 +48,26 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         questions = Tasks(tasks, include, asked.limit, asked.fewshot)
     kind = sources.pick_device(asked.device)
     computed = sources.pick_dtype(asked.dtype, kind)
-    tokenizer = sources.load_tokenizer(asked.model, asked.trust_remote_code)
+    tokenizers = [sources.load_tokenizer(name, asked.trust_remote_code) for name in names]
+    tokenizer = tokenizers[0]
     cut: dict[str, texts.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
         cut = _blocks(asked, tokenizer, _learned(names))
     prompts = None if asked.prompts is None else read_prompts(asked.prompts, tokenizer)
-    if beside := asked.against is not None and bool(cut or prompts):
-        sources.same_tokens(tokenizer, names[1], asked.trust_remote_code)
+    beside = asked.against is not None and bool(cut or prompts)
+    if beside and tokenizers[1].get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--against {asked.against} has another tokenizer, so perplexities do not compare; "
+            "pass the model that was pruned"
+        )
     verdicts = Verdicts(cut, questions)
     held: list[PreTrainedModel] = []
     with output.bars() as bars:
-        for i, name in enumerate(names):
+        for i, (name, own) in enumerate(zip(names, tokenizers, strict=True)):
             bars.update("models", i, len(names), name)
             loaded = sources.load_model(name, computed).to(kind)  # type: ignore[arg-type]
             if cut:
                 verdicts.perplexity[name] = _measure(name, loaded, cut, asked.batch_size, bars)
-            own = sources.load_tokenizer(name, asked.trust_remote_code)
             seed = SEED if asked.copying_seed is None else asked.copying_seed
             if copied := copying(loaded, own, seed=seed, batch_size=asked.batch_size):
                 verdicts.copying[name] = copied

@@ -18,7 +18,7 @@ from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
-from nuteprune.jobs.show import print_plan, print_report, print_results
+from nuteprune.jobs.show import print_plan, print_report, print_result
 from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
@@ -100,7 +100,9 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     if result is None:
         return None
     if result.plan is None:
-        print_results(result.records, output)
+        *_, last = result.records
+        for folder, record in result.records.items():
+            print_result(folder, record, output, answers=folder == last)
         finish(job, result.records, output)
     return result.summary()
 

@@ -80,8 +80,6 @@ def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     with alone(job.out) if is_main() else nullcontext():
         if is_main():  # the others may come when it has begun to write
             check_out(job)
-        if job.steps is not None and job.epochs is not None:
-            raise UserError("--steps and --epochs both say how long; pass one of them")
         result = _run(job, output)
     if result is not None:
         print_recovered(result, output)
@@ -90,13 +88,16 @@ def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
 
 def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Tune a model and write it; returns None in all processes of a run but the main one."""
+    if job.steps is not None and job.epochs is not None:
+        raise UserError("--steps and --epochs both say how long; pass one of them")
     record = sources.record_of(job.model)
     tokenizer = sources.load_tokenizer(job.model, job.trust_remote_code)
     sources.around(job.model)  # a run does not end where its files cannot be had
     named, judged = judged_text(job, record, tokenizer, output)
     job = replace(job, eval_data=named)  # what judges is what settings and record state
     kind = INSTRUCTIONS if holds_instructions(job.text, job.text_column) else TEXT
-    config = _config(job, kind)
+    if kind == TEXT and job.epochs is not None:
+        raise UserError(f"{job.text} is plain text, which has no epochs; pass --steps")
     model, autocast = _load(job)
     config = _config(job, kind, **autocast)
     training = training_text(job, kind, config, tokenizer, model)
@@ -138,8 +139,6 @@ def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
 
 def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
     steps = job.steps if job.steps or kind == INSTRUCTIONS else STEPS
-    if kind == TEXT and job.epochs is not None:
-        raise UserError(f"{job.text} is plain text, which has no epochs; pass --steps")
     return RecoverConfig(
         output_dir=str(job.out / RUN),
         disable_tqdm=True,

@@ -259,24 +259,6 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def same_tokens(tokenizer: PreTrainedTokenizerBase, dense: str, trust_remote_code: bool) -> None:
-    """Refuse a dense model with other tokens, since perplexities per token would not compare.
-
-    Args:
-        tokenizer: of the pruned model.
-        dense: the dense model.
-        trust_remote_code: whether code that comes with its tokenizer may be run.
-
-    Raises:
-        UserError: if its tokenizer is another one.
-    """
-    if load_tokenizer(dense, trust_remote_code).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"--against {dense} has another tokenizer, so perplexities do not compare; pass the "
-            "model that was pruned"
-        )
-
-
 def _in_words(error: Exception, model: str) -> str:
     """Return the hub's or the reader's message, and what to do about it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

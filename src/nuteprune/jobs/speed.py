@@ -18,7 +18,6 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import cache_folder, write_json
 from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.sources import pick_device, pick_dtype
 from nuteprune.jobs.timing import Computing, measure, write_speed
 from nuteprune.judge.bench import PASSES, hardware_of, say_ratio
 from nuteprune.judge.block_times import cost_table
@@ -35,10 +34,10 @@ MISSED = 0.95
 
 
 def write_table(
-    path: Path, model: PreTrainedModel, setting: Workload, device: str, dtype: torch.dtype
+    path: Path, model: PreTrainedModel, setting: Workload, how: Computing
 ) -> dict[str, Any]:
     """Measure what the blocks of a model cost, and write the table."""
-    table = cost_table(model, setting, device, dtype)
+    table = cost_table(model, setting, how.device, how.dtype)
     write_json(path, table)
     return table
 
@@ -71,11 +70,10 @@ def costs_for(
             "a speedup in a run of several processes needs one table for all: measure it with "
             "nuteprune bench MODEL --save-costs FILE, and pass --costs FILE"
         )
-    device, anatomy = pick_device(job.device), Anatomy(model)
-    dtype = pick_dtype(job.dtype, device)
+    how, anatomy = Computing.asked(job.device, job.dtype), Anatomy(model)
     what = (
         platform.node(),  # CPUs do not say what they are
-        *(torch.__version__, hardware_of(device), dtype, torch.get_num_threads(), at),
+        *(torch.__version__, hardware_of(how.device), how.dtype, torch.get_num_threads(), at),
         *(anatomy.family.model_type, anatomy.head_dim, anatomy.shape),
         anatomy.embedding.weight.shape[0],
     )
@@ -87,7 +85,7 @@ def costs_for(
         with FileLock(path.with_name(f".{path.name}.lock")):  # two runs would time each other
             if not path.is_file():
                 bars.update("timing blocks", 0, 1)
-                write_table(path, model, setting, device, dtype)
+                write_table(path, model, setting, how)
                 bars.update("timing blocks", 1, 1)
     return read_table(str(path))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from nuteprune.console import Bars, dtype_name
-from nuteprune.errors import UserError
+from nuteprune.export.hub import folder_of
 from nuteprune.export.record import weights_size
 from nuteprune.files import write_json
 from nuteprune.jobs.sources import load_model, locate, pick_device, pick_dtype
@@ -78,13 +76,8 @@ class Computing:
 
 def _on_disk(model: str) -> int | None:
     """Return the bytes of a model's weight files, None where they cannot be told."""
-    folder = Path(locate(model))
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(model, local_files_only=True))
-        except (LocalEntryNotFoundError, HfHubHTTPError, ValueError):
-            return None
-    return weights_size(folder) or None
+    folder = folder_of(locate(model))
+    return None if folder is None else weights_size(folder) or None
 
 
 def measure(
@@ -105,16 +98,12 @@ def measure(
 
     Returns:
         All figures, fit for JSON; see docs/json.md.
-
-    Raises:
-        UserError: if a model has too few positions.
     """
     gc.collect()  # a trainer and its callbacks point at each other; others need the memory now
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     with ExitStack() as stack:
         workers = {x: stack.enter_context(Worker(x, how.loader_of(x))) for x in names}
-        _check_positions(workers, settings)
         measured = [_timed(workers, setting, repeats, bars) for setting in settings]
         models = {}
         for name, worker in workers.items():
@@ -137,16 +126,6 @@ def measure(
         "dtype": dtype_name(how.dtype),
         "repeats": repeats,
     }
-
-
-def _check_positions(workers: dict[str, Worker], settings: Sequence[Workload]) -> None:
-    longest = max(x.length + x.new_tokens for x in settings)
-    for name, worker in workers.items():
-        if worker.about.positions is not None and longest > worker.about.positions:
-            raise UserError(
-                f"{name} has {worker.about.positions} positions, and a prompt with its new tokens "
-                f"takes {longest}; pass smaller --lengths or --new-tokens"
-            )
 
 
 def _timed(
@@ -190,7 +169,8 @@ def for_report(found: dict[str, Any]) -> dict[str, Any]:
     for setting in found["settings"]:
         ours, dense = setting["models"].values()
         size = f"batch {setting['batch_size']}, {setting['length']} tokens"
-        notes.append(f"{size}: {'; '.join(_against_bound(setting['speedup']))}")
+        beside = [f"{x} {_against_bound(setting['speedup'][x])}" for x in ("prefill", "decode")]
+        notes.append(f"{size}: {'; '.join(beside)}")
         for name, unit, key, scale, better, phase in REPORTED:
             old, new = (scale * x[key]["median"] for x in (dense, ours))
             row = {"name": f"{name}, {size}", "unit": unit, "dense": old, "pruned": new}
@@ -200,8 +180,6 @@ def for_report(found: dict[str, Any]) -> dict[str, Any]:
     return {"conditions": conditions(found), "rows": rows, "notes": [*notes, *found["advice"]]}
 
 
-def _against_bound(speedup: dict[str, Any]) -> Iterator[str]:
-    for phase, ratio in speedup.items():
-        if phase != "both":
-            share = "" if ratio["reached"] is None else f"{ratio['reached']:.0%} of "
-            yield f"{phase} {say_ratio(ratio)}, {share}its bound {ratio['bound']:.2f} x"
+def _against_bound(ratio: dict[str, Any]) -> str:
+    share = "" if ratio["reached"] is None else f"{ratio['reached']:.0%} of "
+    return f"{say_ratio(ratio)}, {share}its bound {ratio['bound']:.2f} x"

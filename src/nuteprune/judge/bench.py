@@ -49,15 +49,15 @@ def time_once(model: PreTrainedModel, setting: Workload) -> Timing:
     vocabulary = Anatomy(model).embedding.weight.shape[0]
     size, random = (setting.batch_size, setting.length), torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(vocabulary, size, generator=random).to(model.device)
-    started = _now(model)
+    started = now(model)
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     key = cache_name(output)
     next_B1 = output.logits[:, -1:].argmax(-1)
-    known = _now(model)
+    known = now(model)
     for _ in range(setting.new_tokens):
         output = model(input_ids=next_B1, use_cache=True, logits_to_keep=1, **{key: output[key]})
         next_B1 = output.logits[:, -1:].argmax(-1)
-    return Timing(known - started, _now(model) - known)
+    return Timing(known - started, now(model) - known)
 
 
 def hardware_of(device: torch.device | str) -> str:
@@ -66,7 +66,7 @@ def hardware_of(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _now(model: PreTrainedModel) -> float:
+def now(model: PreTrainedModel) -> float:
     """Return the time, in seconds, when the model's device has done what it was told."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

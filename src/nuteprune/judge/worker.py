@@ -29,14 +29,12 @@ class About:
 
     Args:
         work: what it has to move and multiply.
-        positions: tokens of a sequence that it can take; None: any.
         attention: transformers' name of its implementation.
         threads: of a CPU.
         hardware: the accelerator's name, or `CPU`.
     """
 
     work: Work
-    positions: int | None
     attention: str
     threads: int
     hardware: str
@@ -46,7 +44,6 @@ class About:
         """Look at a model, on its device."""
         return cls(
             Work.of(model),
-            getattr(model.config, "max_position_embeddings", None),
             str(model.config._attn_implementation),
             torch.get_num_threads(),
             hardware_of(model.device),

@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,21 +260,17 @@ def _read(path: Path, about: dict[str, str]) -> tuple[list[list[list[int]]], int
     found: list[list[list[int]]] = []
     batch: list[list[int]] = []
     kept = seen = 0
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                row = json.loads(line)
-                if {**row, **about, "batch": len(found)} != row or not line.endswith(b"\n"):
-                    break
-                seen += len(line)
-                batch.append(row["ids"])
-                if len(batch) == row["of"]:
-                    found.append(batch)
-                    kept, batch = seen, []
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):  # a line that was being written, or is not ours
-        pass
+    is_other = ValueError, KeyError, TypeError  # of a line that was being written, or is not ours
+    with suppress(FileNotFoundError, *is_other), path.open("rb") as file:
+        for line in file:
+            row = json.loads(line)
+            if {**row, **about, "batch": len(found)} != row or not line.endswith(b"\n"):
+                break
+            seen += len(line)
+            batch.append(row["ids"])
+            if len(batch) == row["of"]:
+                found.append(batch)
+                kept, batch = seen, []
     return found, kept
 
 
