@@ -222,11 +222,11 @@ def test_what_is_no_measurement_has_no_share_of_the_bound_and_no_reason(
 def test_a_slower_model_is_told_what_may_slow_it() -> None:
     found = measured(0.5)
     assert {x["reached"] for x in found.values()} == {None}
-    prefill, decode, remedy = advice([measured(1.9), found], work())
+    prefill, decode = advice([measured(1.9), found], work())
     for phase, line in (("prefill", prefill), ("decode", decode)):
         assert line.startswith(f"{phase} is slower than the dense model, 0.50 x at worst")
-    assert "multiples of 96; prune with --set neuron_multiple=128" in remedy
-    assert len(advice([found], work(neurons=256))) == 2
+        assert "multiples of 96" in line
+        assert "--set neuron_multiple=128" in line
 
 
 @pytest.fixture(scope="module")

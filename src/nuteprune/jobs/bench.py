@@ -33,13 +33,10 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
     model, against = asked.model, asked.against
     use_family(asked.family, against or model)
     settings = [
-        Workload(batch, length, _positive(asked.new_tokens, "--new-tokens"))
+        Workload(batch, length, asked.new_tokens)
         for batch in _numbers(asked.batch_sizes, "--batch-sizes")
         for length in _numbers(asked.lengths, "--lengths")
     ]
-    _positive(asked.repeats, "--repeats")
-    if asked.threads is not None:
-        _positive(asked.threads, "--threads")
     names = [model] if against in (None, model) else [model, str(against)]
     target = _target(names, asked.overwrite) if asked.save else None
     how = Computing.asked(asked.device, asked.dtype, asked.threads)
@@ -86,18 +83,14 @@ def _costs(
     return {"out": str(path), **table}
 
 
-def _positive(number: int, option: str) -> int:
-    if number < 1:
-        raise UserError(f"{option} {number}: pass at least 1")
-    return number
-
-
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        numbers = [int(x) for x in text.split(",")]
+        numbers = dict.fromkeys(int(x) for x in text.split(","))
     except ValueError:
         raise UserError(f"{option} {text}: pass whole numbers with commas, such as 1,8") from None
-    return list(dict.fromkeys(_positive(x, option) for x in numbers))
+    if min(numbers) < 1:
+        raise UserError(f"{option} {text}: pass at least 1")
+    return list(numbers)
 
 
 def _target(names: list[str], overwrite: bool) -> Path:

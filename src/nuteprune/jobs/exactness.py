@@ -95,8 +95,8 @@ def _tried(small: PreTrainedConfig, kind: str, shapes: str) -> str | None:
         with TemporaryDirectory() as folder:
             return _difference(small, kind, shapes, Path(folder) / "model")
     except Exception as error:  # whatever code raises that an entry does not fit
-        kind = "" if isinstance(error, (UserError, RunFailed)) else f"{type(error).__name__}: "
-        return kind + in_one_line(error)
+        is_ours = isinstance(error, (UserError, RunFailed))
+        return ("" if is_ours else f"{type(error).__name__}: ") + in_one_line(error)
 
 
 def _difference(small: PreTrainedConfig, kind: str, shapes: str, folder: Path) -> str | None:

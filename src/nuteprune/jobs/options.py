@@ -10,7 +10,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.judge import protocols
 from nuteprune.run_folder import RUN, SPEED
 from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import declared, option, setting
+from nuteprune.train.settings import check_declared, declared, option, setting
 
 REPLACE = "Replace the file if it exists."
 TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
@@ -71,9 +71,9 @@ class Benchmark:
     against: str | None = option("The dense model, timed in turns.")
     batch_sizes: str = option("Sequences at a time, with commas.", "1,4")
     lengths: str = option("Tokens of the prompt, with commas.", "256")
-    new_tokens: int = option("Tokens decoded after the prompt.", 32)
-    repeats: int = option("Timed passes, after one to warm up.", 5)
-    threads: int | None = option("Threads on a CPU.")
+    new_tokens: int = option("Tokens decoded after the prompt.", 32, bounds=(1, 1e6))
+    repeats: int = option("Timed passes, after one to warm up.", 5, bounds=(1, 1e6))
+    threads: int | None = option("Threads on a CPU.", bounds=(1, 1e4))
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
     save: bool = option(f"Also write MODEL/{RUN}/{SPEED} for the report.", False)
@@ -83,6 +83,9 @@ class Benchmark:
     )
     overwrite: bool = option(REPLACE, False)
     family: str | None = option(_HELP["family"])
+
+    def __post_init__(self) -> None:
+        check_declared(self)
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,6 @@ class Result:
     records: dict[Path, dict[str, Any]]
     plan: dict[str, Any] | None = None
 
-    def summary(self) -> dict[str, Any]:
-        """Return the record, with the folder as `out`; of several targets a list in `targets`."""
-        if self.plan is not None:
-            return self.plan
-        lines = [{"out": str(folder), **record} for folder, record in self.records.items()]
-        return lines[0] if len(lines) == 1 else {"targets": lines}
-
 
 def prune(
     model: str,
@@ -89,7 +82,7 @@ def prune(
 
 
 def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
-    """Do the job, print what came out, and write its report; see `run` and `Result.summary`.
+    """Do the job, print what came out, and write its report; returns as `prune` does.
 
     Raises:
         UserError: if no target is given, or for what `run` refuses.
@@ -99,12 +92,14 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     result = run(job, output)
     if result is None:
         return None
-    if result.plan is None:
-        *_, last = result.records
-        for folder, record in result.records.items():
-            print_result(folder, record, output, answers=folder == last)
-        finish(job, result.records, output)
-    return result.summary()
+    if result.plan is not None:
+        return result.plan
+    *_, last = result.records
+    for folder, record in result.records.items():
+        print_result(folder, record, output, answers=folder == last)
+    finish(job, result.records, output)
+    found = [{"out": str(folder), **record} for folder, record in result.records.items()]
+    return found[0] if len(found) == 1 else {"targets": found}
 
 
 def finish(job: PruneJob, records: dict[Path, dict[str, Any]], output: Output) -> None:

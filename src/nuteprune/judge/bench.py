@@ -20,7 +20,6 @@ from nuteprune.model.forwards import cache_name
 
 PASSES = 5
 """Fewer passes than this tell nothing of a difference."""
-_EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile evenly
 
 
 @dataclass(frozen=True)
@@ -178,12 +177,8 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -
         ratios = [found[phase] for found in comparisons]
         if slower := [x["median"] for x in ratios if x["verdict"] == "slower"]:
             lines.append(
-                f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: less work "
-                "takes longer, so kernels do not suit the sizes that are left"
+                f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: kernels do "
+                f"not suit neuron counts in multiples of {work.neurons}; most tile multiples of 128 "
+                "evenly, see --set neuron_multiple=128"
             )
-    if lines and work.neurons % _EASY_MULTIPLE:
-        lines.append(
-            f"neuron counts are multiples of {work.neurons}; prune with --set neuron_multiple="
-            f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
-        )
     return lines
