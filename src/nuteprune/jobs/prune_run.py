@@ -270,10 +270,9 @@ def share_to_write(job: PruneJob) -> float:
 
 def seconds_writing(run: Run, tokens: int) -> float:
     """Return about how long a run's model writes as many tokens, timed on the first positions."""
-    model, text = run.model, run.text
-    with model.model.disable_adapter():
-        how: dict[str, Any] = {"tokens": tokens, "length": text.length}
-        return seconds_to_write(model.anatomy.model, text.tokenizer, **how)
+    dense, text = run.model.anatomy.model, run.text
+    with run.model.model.disable_adapter():
+        return seconds_to_write(dense, text.tokenizer, tokens=tokens, length=text.length)
 
 
 def text_of(

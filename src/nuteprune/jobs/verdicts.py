@@ -21,7 +21,6 @@ Retention = dict[str, float | None]
 LABELS = ("model", "dense")
 """What tables call MODEL and the one after --against."""
 MEAN: Final = "mean"
-REPEAT: Final = "repeat"
 
 _TITLES: Final[Mapping[str | None, str]] = {
     IN_DOMAIN: "In-domain text (of sources that the model was calibrated on)",
@@ -65,7 +64,7 @@ class Verdicts:
         copied = [self.copying[name] for name in (model, dense) if name in self.copying]
         if len(copied) == 2 and _alike(copied):
             shares = (x.percent for x in copied)
-            self.retention["copying"] = {REPEAT: retention(*shares, higher_is_better=True)}
+            self.retention["copying"] = {"repeat": retention(*shares, higher_is_better=True)}
         if self.tasks:
             mine, of_dense = self.tasks[model], self.tasks[dense]
             pairs = {task: (score, of_dense[task]) for task, score in mine.items()}
@@ -136,7 +135,7 @@ class Verdicts:
         found = list(self.copying.values())
         row = ["tokens right", *(f"{x.percent:.1f} %" for x in found)]
         known = self.retention.get("copying")
-        kept = None if known is None else [_percent(known[REPEAT])]
+        kept = None if known is None else [_percent(known["repeat"])]
         columns = ["", *LABELS[: len(found)]]
         _table(output, "Copying from context, higher is better", columns, [row], kept)
         how = found[0].protocol

@@ -178,7 +178,7 @@ def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -
         if slower := [x["median"] for x in ratios if x["verdict"] == "slower"]:
             lines.append(
                 f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: kernels do "
-                f"not suit neuron counts in multiples of {work.neurons}; most tile multiples of 128 "
-                "evenly, see --set neuron_multiple=128"
+                f"not suit the sizes that are left, neurons in multiples of {work.neurons}; most "
+                "suit --set neuron_multiple=128"
             )
     return lines

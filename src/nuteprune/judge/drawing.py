@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from nuteprune import console
+from nuteprune.console import megabytes, scaled
 
 THIN = "\u202f"
 """Stands between a number and its unit."""
@@ -83,17 +83,20 @@ def number(value: float) -> str:
 
 def count(value: float) -> str:
     """Return a count of parameters for people."""
-    return THIN.join(filter(None, console.scaled(value, "B")))
+    return THIN.join(filter(None, scaled(value, "B")))
 
 
 def size(value: float) -> str:
     """Return a number of bytes for people."""
-    return console.megabytes(value).replace(" ", THIN)
+    return megabytes(value).replace(" ", THIN)
 
 
 def duration(seconds: float) -> str:
     """Return a time for people."""
-    return console.duration(seconds).replace(" ", THIN)
+    if seconds < 120:
+        return f"{seconds:.0f}{THIN}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}{THIN}min" if minutes < 120 else f"{seconds / 3600:.1f}{THIN}h"
 
 
 def percent(share: float, digits: int = 0) -> str:
