@@ -111,7 +111,7 @@ def prune(
     return partial(finished, job)
 
 
-@o.command(Evaluation, defaults=True)
+@o.command(Evaluation)
 def evaluate(model: o.Model, **given: Any) -> o.Work:
     """Measure how good MODEL is: perplexity, copying, answers, tasks.
 
@@ -126,7 +126,7 @@ def evaluate(model: o.Model, **given: Any) -> o.Work:
     return partial(run, asked)
 
 
-@o.command(Benchmark, defaults=True)
+@o.command(Benchmark)
 def bench(model: o.Model, **given: Any) -> o.Work:
     """Measure how fast MODEL reads and writes, and its memory.
 
@@ -253,7 +253,7 @@ def vocab(
     return partial(run, job, keep)
 
 
-@o.command(Writing, defaults=True)
+@o.command(Writing)
 def write(
     model: o.Model,
     tokens: Annotated[int, typer.Option(help="Tokens to write, at least.")],

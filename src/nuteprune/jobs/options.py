@@ -46,8 +46,8 @@ class Evaluation:
         "Prompts that both models answer, JSON lines with 'prompt' or 'messages'; without "
         "it questions that the dense model writes, or beginnings of the text."
     )
-    answer_tokens: int = option("Tokens of an answer at most.", 64)
-    batch_size: int = option("Blocks or questions per forward pass.", 4)
+    answer_tokens: int = option("Tokens of an answer at most (default {default}).", 64)
+    batch_size: int = option("Blocks or questions per forward pass (default {default}).", 4)
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
     text_column: str | None = option(_HELP["text_column"])
@@ -69,10 +69,10 @@ class Benchmark:
 
     model: str = setting(_HELP["model"], MISSING)
     against: str | None = option("The dense model, timed in turns.")
-    batch_sizes: str = option("Sequences at a time, with commas.", "1,4")
-    lengths: str = option("Tokens of the prompt, with commas.", "256")
-    new_tokens: int = option("Tokens decoded after the prompt.", 32, bounds=(1, 1e6))
-    repeats: int = option("Timed passes, after one to warm up.", 5, bounds=(1, 1e6))
+    batch_sizes: str = option("Sequences at a time, with commas (default {default}).", "1,4")
+    lengths: str = option("Tokens of the prompt, with commas (default {default}).", "256")
+    new_tokens: int = option("Tokens to decode (default {default}).", 32, bounds=(1, 1e6))
+    repeats: int = option("Timed passes after the first (default {default}).", 5, bounds=(1, 1e6))
     threads: int | None = option("Threads on a CPU.", bounds=(1, 1e4))
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
@@ -144,7 +144,7 @@ class Writing:
     tokens: int
     out: Path
     length: int = option(_HELP["length"], PruneJob.length)
-    seed: int = option("Seed of what is drawn.", PruneSettings.seed)
+    seed: int = option("Seed of what is drawn (default {default}).", PruneSettings.seed)
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
     overwrite: bool = option(REPLACE, False)
