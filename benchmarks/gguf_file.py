@@ -1,6 +1,7 @@
 """A GGUF file in llama.cpp, to be judged: what it makes of blocks of text, and how it answers.
 
-The C functions of the Python binding (the extra `llama-cpp`) are called as `bench` calls them.
+The C functions of the Python binding are called, since its own class asks for the logits of all
+tokens of a prompt.
 
 Shape suffixes: N blocks, T tokens of a block, V token ids.
 """
@@ -8,6 +9,7 @@ Shape suffixes: N blocks, T tokens of a block, V token ids.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nuteprune.errors import RunFailed
+from nuteprune.errors import RunFailed, UserError
 
+BINDING = "llama-cpp-py-sync>=0.11739"
 _ERROR = 4  # ggml's level of what went wrong
 _CELLS = 256  # llama.cpp rounds each sequence's cache up to it
+
+
+def require_binding() -> None:
+    """Refuse to run without llama.cpp's Python binding.
+
+    Raises:
+        UserError: saying what to install.
+    """
+    if find_spec("llama_cpp_py_sync") is None:
+        raise UserError(f"llama.cpp's binding is not installed; run: pip install '{BINDING}'")
 
 
 class GgufFile:

@@ -4,8 +4,8 @@
     python benchmarks/k_quants.py --show benchmarks/results/k-quants.json    # runs nothing
 
 A random LLaMA of width 1,024 is pruned, exported as f16, and quantized by llama.cpp itself, through
-its Python binding (the extra `llama-cpp`). Sizes need no quality: every layer loses the same
-share, and nothing is refitted or trained.
+its Python binding (`pip install llama-cpp-py-sync`). Sizes need no quality: every layer loses the
+same share, and nothing is refitted or trained.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
 from gguf import GGUFReader
+from gguf_file import require_binding
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -31,7 +34,6 @@ from nuteprune.errors import RunFailed
 from nuteprune.export.gguf.write import write_gguf
 from nuteprune.files import to_json
 from nuteprune.jobs.sources import load_model, load_tokenizer
-from nuteprune.judge.llama_cpp import require_binding
 
 SPARSITY, LAYERS = 0.3, 8
 SIZES = {

@@ -4,9 +4,10 @@
     python benchmarks/quantized_table.py     # the table and the picture of what is committed
 
 The dense model and its pruned ones are exported as f16. llama.cpp quantizes those files itself, by
-its Python binding (the extra `llama-cpp`) and without an importance matrix, and reads other text
-with them. A file's name has llama.cpp's type; which types its matrices really have is counted. A
-result that is on file is not made again, so a stopped run goes on, and another subject is added.
+its Python binding (`pip install llama-cpp-py-sync`) and without an importance matrix, and reads
+other text with them. A file's name has llama.cpp's type; which types its matrices really have is
+counted. A result that is on file is not made again, so a stopped run goes on, and another subject
+is added.
 
 Both subjects were made from files of 4 bits, so to quantize them again costs less than it would.
 """
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import subjects
 import torch
 from gguf import GGUFReader, LlamaFileType
-from gguf_file import GgufFile
+from gguf_file import GgufFile, require_binding
 from k_quants import quantize
 from quality_runs import machine, write_json
 from quality_text import Judge, Setting
@@ -43,7 +44,6 @@ from nuteprune.errors import UserError
 from nuteprune.export.gguf.write import write_gguf
 from nuteprune.jobs.sources import load_model, load_tokenizer
 from nuteprune.judge.answers import LOOPS, TOKENS, ends_of, repeated
-from nuteprune.judge.llama_cpp import require_binding
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m")
 """Kinds of files that llama.cpp makes of a plain one."""

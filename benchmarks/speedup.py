@@ -36,7 +36,7 @@ from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal, Seconds, seconds_of
 from nuteprune.jobs.settings import read_assignments, read_given
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import TRANSFORMERS, conditions, measure, pick_engine
+from nuteprune.jobs.timing import Computing, conditions, measure
 from nuteprune.judge import bench as speed
 from nuteprune.judge import work as timed
 from nuteprune.model.family import BLOCK_KINDS
@@ -116,7 +116,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, bench: Bench) -> None:
         self.args, self.bench = args, bench
         self.at = timed.Workload(*moment(args.at))
-        self.engine = pick_engine(TRANSFORMERS, "cpu", args.dtype, args.threads)
+        self.how = Computing.asked("cpu", args.dtype, args.threads)
         self.costs = self._costs()
         cell = Cell("speedup", {}, 0.2, 0, seed=0)
         self.cut = bench.cut(cell, bench.folder / "stages", keeps=True)
@@ -129,8 +129,7 @@ class Comparison:
         path = self.bench.folder / "costs.json"
         if path.exists():
             return read_table(str(path))
-        model, engine = self.bench.model(), self.engine
-        return write_table(path, model, self.at, engine.device, engine.dtype)
+        return write_table(path, self.bench.model(), self.at, self.how)
 
     def rows(self, asked: float) -> list[dict[str, Any]]:
         """Return the rows of a speedup: by seconds, and by parameters."""
@@ -177,12 +176,12 @@ class Comparison:
         """Write a model of a shape, to be timed: its weights are of no meaning."""
         dense = self.cut.model.anatomy
         model = unfilled(pruned_config(dense.config, dense.family, shape))
-        save(model.to(self.engine.dtype), folder)
+        save(model.to(self.how.dtype), folder)
 
     def _timed(self, names: list[str]) -> dict[str, Any]:
         """Return the first one's times beside the second's, in turns as `bench` does it."""
         with Output(quiet=True).bars() as bars:
-            found = measure(names, [self.at], self.args.passes, self.engine, bars)
+            found = measure(names, [self.at], self.args.passes, self.how, bars)
         ratios: dict[str, Any] = found["settings"][0]["speedup"]
         return {**ratios, "conditions": conditions(found)}
 

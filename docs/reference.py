@@ -33,8 +33,7 @@ _COMMANDS = """\
 - Downloads and tables of block costs are in the user's cache folder. `NUTEPRUNE_CACHE` names
   another.
 - Some commands need more packages: `pip install '.[eval]'` in the checkout for `eval --tasks`,
-  `[onnx]` for `export --to onnx`, `[llama-cpp]` for `bench --engine llama.cpp`, `[bits]` for
-  `prune --bits`. They say so too.
+  `[onnx]` for `export --to onnx`, `[bits]` for `prune --bits`. They say so too.
 - [Reliability](reliability.md#what-a-command-writes-or-removes) has what each command writes or
   removes.
 """

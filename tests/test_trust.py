@@ -22,7 +22,6 @@ from nuteprune.export import loading
 from nuteprune.export.loading import load_pruned
 from nuteprune.files import write_sums
 from nuteprune.jobs.sources import load_tokenizer
-from nuteprune.jobs.timing import LLAMA_CPP, Engine
 from tests.conftest import Run
 
 SOURCE = Path(nuteprune.__file__).parent
@@ -215,17 +214,6 @@ def test_code_of_a_tokenizer_runs_only_when_the_user_says_so(
     code, _, said = run(*asked, "--trust-remote-code")
     assert code == 0, said
     assert type(load_tokenizer(str(tmp_path / "few"), trust_remote_code=True)).__name__ == "Own"
-
-
-def test_an_engine_that_wants_the_tokenizer_advises_what_bench_has(
-    tiny_inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    with_tokenizer_code(tiny_inputs[0], tmp_path / "mark")
-    with pytest.raises(UserError, match="is not run unasked; leave --engine out"):
-        Engine(LLAMA_CPP, "cpu", torch.float16).prepare(
-            str(tiny_inputs[0]), tmp_path / "timed", None
-        )
-    assert not (tmp_path / "mark").exists()
 
 
 def test_names_in_archives_are_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

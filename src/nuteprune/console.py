@@ -147,7 +147,8 @@ class Bars:
         pace = self._paces.get(what)
         if pace is None or done <= pace.done:  # the same work may come up again
             pace = self._paces[what] = _Pace(done, now)
-        rest = pace.rest(done, total, now)
+        since = done - pace.done
+        rest = (now - pace.started) * (total - done) / since if since else 0.0
         left = f"about {duration(rest)} left" if rest else ""
         if not self.console.is_terminal:
             every = max(1, total // self.LINES)
@@ -170,12 +171,6 @@ class _Pace:
     started: float
     told: bool = False
     """Whether a line of it was printed."""
-
-    def rest(self, done: int, total: int, now: float) -> float | None:
-        """Return the seconds that the rest will take at the pace so far; None if none is known."""
-        if not self.done < done < total:
-            return None
-        return (now - self.started) * (total - done) / (done - self.done)
 
 
 def scaled(value: float, billions: str) -> tuple[str, str]:

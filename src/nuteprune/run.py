@@ -22,7 +22,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.model.weights import bring_home
 from nuteprune.processes import is_main, main_ones
 from nuteprune.products import Products
-from nuteprune.run_folder import RUN, SAMPLES, SELF_WRITTEN, TEXT
+from nuteprune.run_folder import SAMPLES, SELF_WRITTEN
 from nuteprune.stages.judge import Figures, entries, judge, judge_beside
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
@@ -53,7 +53,8 @@ class Run:
         first: the trainer of the first goal.
         trainer_of: makes the trainer of a goal.
         reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
-        folder_of: where a goal's checkpoint goes, and in it, as `run/`, its products.
+        run_folder_of: where a goal's products and checkpoints of training go; its checkpoint goes
+            above.
         resumes: whether the run goes on with what is in its folder.
         around: the other parts of a model of several modalities; None: there are none.
         about: further keys of each record.
@@ -69,7 +70,7 @@ class Run:
     first: NutePruneTrainer
     trainer_of: Callable[[Target], NutePruneTrainer]
     reload: Callable[[Any], PreTrainedModel]
-    folder_of: Callable[[Target], Path]
+    run_folder_of: Callable[[Target], Path]
     resumes: bool
     around: Around | None
     about: Callable[[], Record]
@@ -132,9 +133,7 @@ class Run:
     def cut(self) -> Cut:
         """Return the stages before the first step: score, choose, refit."""
         text, products = self.text.training, self.products
-        return Cut(
-            self.model, self.args, text, products, self.progress, lambda x: self.folder_of(x) / RUN
-        )
+        return Cut(self.model, self.args, text, products, self.progress, self.run_folder_of)
 
     def teach(
         self, goal: Target, masks: Masks | None = None, weights: Weights | None = None
@@ -148,8 +147,6 @@ class Run:
         """
         trainer = self.first if goal is self.goals[0] else self.trainer_of(goal)
         trainer.masks, trainer.weights = masks, weights
-        if is_main():
-            write_json(trainer.run_folder / TEXT, self.text.training.fingerprint.to_dict())
         if self.steps_in_time is not None:
             self.args.max_steps = trainer.args.max_steps = main_ones(
                 self.steps_in_time(self, trainer)
@@ -203,7 +200,7 @@ class Run:
         """Write a checkpoint with its record; returns its folder, and the record."""
         figures = dict(judged)
         write_json(trainer.run_folder / SAMPLES, figures.pop("samples", []))
-        folder = self.folder_of(trainer.goal)
+        folder = self.run_folder_of(trainer.goal).parent
         costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
         record = {**figures, **self.about(), **costs}
         return folder, trainer.save_pruned(folder, around=self.around, **record)

@@ -16,9 +16,7 @@ refit.safetensors                                refit: the weights that stay
 judge.json                                       judge: figures of the dense model
 metrics.jsonl  checkpoint-N/                     teach: a line per step, and what is resumed from
 teachers/                                        snapshots that teach, of recipes that ask for them
-text.json                                        what the text is known by that is learned from
 samples.json  speed.json  report.html            what the report shows, and the report
-dense/                                           the dense model that `recover` compares with
 """
 
 from __future__ import annotations
@@ -40,11 +38,9 @@ TEACHERS = "teachers"
 SELF = "self"
 """What a DATA spec, and so the record, calls text that the dense model writes itself."""
 SELF_WRITTEN = f"{SELF}.jsonl"
-TEXT = "text.json"
 SAMPLES = "samples.json"
 SPEED = "speed.json"
 REPORT = "report.html"
-DENSE = "dense"
 VOCAB = "vocab"
 HALF_WRITTEN = ".cut-"
 """How the names of folders begin in which weights wait for their tensors to be mapped."""

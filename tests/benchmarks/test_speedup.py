@@ -59,7 +59,7 @@ def test_parameters_go_until_both_are_measured_to_be_as_fast(
 ) -> None:
     told: list[list[str]] = []
 
-    def timed(names: list[str], settings: Any, repeats: int, engine: Any, bars: Any) -> Any:
+    def timed(names: list[str], settings: Any, repeats: int, how: Any, bars: Any) -> Any:
         told.append([Path(x).name for x in names])
         median = 0.9 if told[-1] == ["parameters-0", "seconds"] else 1.0
         ratio = {"median": median, "low": median - 0.05, "high": median + 0.05}

@@ -129,8 +129,6 @@ def workspace(tiny_model, tiny_tokenizer, tmp_path_factory: pytest.TempPathFacto
                 main()
             assert not stopped.value.code
     shutil.copytree(folder / "small", folder / "PRUNED")
-    shutil.copytree(folder / "small", folder / "out")
-    (folder / "out/run/checkpoint-4").rename(folder / "out/run/checkpoint-200")
     return folder
 
 

@@ -2,17 +2,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nuteprune.jobs import timing
-from nuteprune.judge.bench import Timing
-from nuteprune.judge.work import Workload
 from tests.conftest import Run, json_line
-from tests.stand_in_llama_cpp import install
 
 pytestmark = pytest.mark.slow
 
@@ -20,23 +15,6 @@ SHORT = [
     *("--batch-sizes", "1,2", "--lengths", "4", "--new-tokens", "2", "--repeats", "2"),
     *("--device", "cpu", "--dtype", "float32", "--threads", "1"),
 ]
-
-
-class Here:
-    """A worker in this process, where the stand-in of a binding is."""
-
-    def __init__(self, name: str, load: Callable[[], Any]) -> None:
-        self.name, self.runner = name, load()
-        self.about = self.runner.about
-
-    def time(self, setting: Workload) -> Timing:
-        return self.runner.time(setting)
-
-    def __enter__(self) -> Here:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
@@ -79,37 +57,6 @@ def test_a_table_and_its_json(model: Path, tmp_path: Path, run: Run) -> None:
         assert text in stderr
 
 
-def test_llama_cpp_is_an_engine(
-    model: Path, tiny_model: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = install(monkeypatch, 300)
-    monkeypatch.setattr(timing, "Worker", Here)
-    sizes = {"vocab_size": 300, "tie_word_embeddings": True, "intermediate_size": 24}
-    small = tmp_path / "small"
-    shutil.copytree(model, small)
-    tiny_model("llama", **sizes).save_pretrained(small)
-    words = ["--against", model, "--engine", "llama.cpp", *SHORT, "--json"]
-    code, stdout, stderr = run("bench", small, *words)
-    assert code == 0, stderr
-    found = json_line(stdout)
-    assert (found["engine"], found["device"], found["dtype"]) == ("llama.cpp b0", "cpu", "float32")
-    assert "llama.cpp b0, CPU, 1 thread, float32" in stderr
-    ours, dense = (found["models"][str(x)] for x in (small, model))
-    for about, file in zip((ours, dense), library.files, strict=True):
-        assert file.kinds == {"F32"}
-        assert (about["parameters"], about["bytes_on_disk"]) == (file.numbers, file.bytes)
-        assert about["bytes_in_memory"] == 4 * file.numbers
-    decode = found["settings"][0]["speedup"]["decode"]
-    cache = 4 * ours["cached"] * (4 + 1.5)  # of four tokens, and of one or two after them
-    moved = [4 * x["moved"] + cache for x in (dense, ours)]
-    assert decode["bound"] == pytest.approx(moved[0] / moved[1])
-    assert len(library.passes) == 2 * 2 * 3  # two models, two settings, two passes after the first
-    code, stdout, _ = run("bench", small, "--engine", "llama.cpp", *SHORT[:-4], "--json")
-    assert code == 0
-    assert json_line(stdout)["dtype"] == "float16"
-    assert library.files[-1].kinds == {"F16"}
-
-
 def test_one_model_alone(model: Path, run: Run) -> None:
     code, stdout, _ = run("bench", model, *SHORT)
     assert code == 0
@@ -127,38 +74,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "nowhere to save": (["--save", "--against", "demo"], "not the output folder of a run"),
     "no such dense model": (["--against", "./nope"], "nope"),
     "beyond the positions": (["--lengths", "63", "--new-tokens", "2"], "64 positions"),
-    "another engine": (["--engine", "vllm"], "one of transformers, llama.cpp"),
-    "no binding": (["--engine", "llama.cpp"], "pip install 'nuteprune[llama-cpp]'"),
     "unknown dtype": (["--dtype", "float99"], "float99"),
     "costs beside another": (["--save-costs", "costs.json", "--against", "demo"], "of MODEL alone"),
     "no file of costs": (["--save-costs", ""], "is a folder; name the file to write"),
 }
 
 
-BAD_HERE: dict[str, tuple[list[str], str]] = {
-    "on a GPU": (["--device", "cuda"], "timed on the CPU"),
-    "costs of blocks": (["--save-costs", "costs.json"], "leave one of the two out"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_HERE)
-def test_what_llama_cpp_does_not_do_is_one_line(
-    case: str, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args, expected = BAD_HERE[case]
-    install(monkeypatch, 300)
-    code, _, stderr = run("bench", model, "--engine", "llama.cpp", *args)
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    assert (code, len(lines)) == (2, 1), stderr
-    assert expected in lines[0]
-
-
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(
-    case: str, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(case: str, model: Path, run: Run) -> None:
     args, expected = BAD[case]
-    monkeypatch.setattr("nuteprune.judge.llama_cpp.find_spec", lambda _: None)
     code: Any
     code, _, stderr = run("bench", model, "--device", "cpu", *args)
     lines = [line for line in stderr.splitlines() if line.strip()]

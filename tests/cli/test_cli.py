@@ -198,7 +198,7 @@ def test_killed_in_its_first_steps_a_run_begins_anew_as_the_same(
         patch.setattr("transformers.Trainer.train", stop)
         assert run(*asked)[0] == 130
     kept = {x.name for x in (out / "run").iterdir() if x.is_file()}
-    assert {"settings.json", "text.json"} <= kept
+    assert "settings.json" in kept
     code, _, err = run(*asked, "--set", "seed=7", "--resume")
     assert (code, "seed 42, not 7" in err) == (2, True)
     code, _, err = run(*asked, "--resume")

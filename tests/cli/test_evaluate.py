@@ -97,18 +97,6 @@ def test_text_that_calibrated_the_model_stands_apart_and_copying_is_measured(
         code, stdout, _ = run("eval", out, "--data", "text.txt", *both[4:], "--json")
         kind = json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"]
         assert kind == {"elsewhere": "other text", "a-copy": "in-domain"}[name]
-    # In the middle of a run its folder tells.
-    midway = run("eval", out / "run/checkpoint-4", *both, "--json")
-    assert {x["kind"] for x in json_line(midway[1])["protocol"]["texts"].values()} == {
-        *("in-domain", "other text"),
-    }
-    monkeypatch.chdir(out / "run/checkpoint-4")
-    code, stdout, stderr = run("eval", ".", "--data", text, "--length", 24, "--json")
-    assert code == 0, stderr
-    assert json_line(stdout)["protocol"]["texts"]["text.txt"]["kind"] == "in-domain"
-    code, _, stderr = run("eval", out, "--base", model, "--data", text)
-    assert code == 2
-    assert "the model to compare with is --against" in stderr
     # Where nothing is known of the text that a record names, that is said.
     record = json.loads((out / "nuteprune.json").read_text())
     assert record["text"]["judged"] == {"text.txt": "in-domain"}
@@ -148,39 +136,6 @@ def test_a_published_protocol_is_the_models_own_loss_on_joined_rows(
     assert found["perplexity"][str(model)]["wikitext2"] == pytest.approx(
         float(loss.exp()), rel=1e-4
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [2, 4])
-@pytest.mark.parametrize("gate_type", ["ranked", "hard_concrete"])
-def test_a_checkpoint_midway_is_the_model_of_its_step(
-    model: Path, text: Path, tmp_path: Path, run: Run, gate_type: str, steps: int
-) -> None:
-    """The last step's checkpoint, masks frozen, judges as the result that was sliced from it."""
-    out = tmp_path / "out"
-    freeze = "freeze_share=0.75"  # at step 3 of 4
-    sets = ("progressive=true", "save_steps=2", f"gate_type={gate_type}", freeze)
-    sets += ("refit=false", "lora_rank=128")
-    prune(run, model, text, out, *(x for s in sets for x in ("--set", s)))
-    checkpoint = out / f"run/checkpoint-{steps}"
-    asked = ["--data", text, "--length", 24, *ASKED]
-    code, stdout, stderr = run("eval", checkpoint, "--against", out, *asked)
-    assert code == 0, stderr
-    found = json_line(stdout)
-    ours, final = (found["perplexity"][str(x)]["text.txt"] for x in (checkpoint, out))
-    if steps == 4:
-        assert ours == pytest.approx(final, rel=1e-4)
-        assert found["midway_sparsity"][str(checkpoint)] == pytest.approx(0.3, abs=0.05)
-    else:
-        assert ours != pytest.approx(final, rel=1e-4)
-    (out / "nuteprune.json").unlink()
-    code, stdout, _ = run("eval", checkpoint, *asked)
-    assert code == 0
-    assert json_line(stdout)["perplexity"][str(checkpoint)]["text.txt"] == ours
-    (out / "run/settings.json").unlink()
-    code, _, stderr = run("eval", checkpoint, *asked)
-    assert code == 2
-    assert "has no settings.json" in stderr
 
 
 @pytest.mark.filterwarnings("default")

@@ -165,63 +165,6 @@ def test_an_intact_model_can_be_tuned_for_comparison(
     assert load_pruned(out).dtype == load_pruned(model).dtype
 
 
-@pytest.mark.slow
-def test_the_dense_model_is_tuned_in_the_same_way(
-    pruned: Path, model: Path, text: Path, tmp_path: Path, run: Run
-) -> None:
-    out, alone = tmp_path / "out", tmp_path / "alone"
-    asked = ["--data", text, "--steps", 3, "--dtype", "float32", "--json"]
-    code, stdout, stderr = run(*options(pruned, out, *asked, "--against", model, "--overwrite"))
-    assert code == 0, stderr
-    found = json_line(stdout)["recover"]
-    dense = found["against"]
-    assert "dense, tuned" in stderr
-    assert "same tuning of both" in stderr
-    assert (dense["model"], dense["out"]) == (str(model), str(out / "run" / "dense"))
-    assert json.loads((out / "nuteprune.json").read_text())["recover"] == found
-
-    code, stdout, stderr = run(*options(model, alone, *asked))
-    assert code == 0, stderr
-    expected = json_line(stdout)["recover"]["perplexity"]
-    assert dense["perplexity"] == {when: expected[when] for when in ("before", "after")}
-    tuned = [x / "model.safetensors" for x in (out / "run" / "dense", alone)]
-    assert tuned[0].read_bytes() == tuned[1].read_bytes()
-    for when in ("before", "after"):
-        ratio = 100 * expected[when]["text.txt"] / found["perplexity"][when]["text.txt"]
-        assert dense["retention"][when]["mean"] == pytest.approx(ratio)
-    works = [
-        sum(
-            module.weight.numel()
-            for module in load_pruned(folder).modules()
-            if isinstance(module, torch.nn.Linear)
-        )
-        for folder in (out, model)
-    ]
-    assert dense["work_ratio"] == works[0] / works[1]
-    assert dense["time_ratio"] == pytest.approx(
-        found["seconds_per_step"] / dense["seconds_per_step"]
-    )
-
-    # What was cut off while the dense model was tuned goes on there, and ends the same.
-    (out / "run" / "dense" / "config.json").unlink()
-    code, stdout, stderr = run(*options(pruned, out, *asked, "--against", model, "--resume"))
-    assert code == 0, stderr
-    assert json_line(stdout)["recover"]["against"]["perplexity"] == dense["perplexity"]
-    assert json_line(stdout)["recover"]["against"]["time_ratio"] is None
-
-
-def test_other_tokens_do_not_compare(
-    pruned: Path, model: Path, sentencepiece_tokenizer: Any, tmp_path: Path, run: Run
-) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
-    sentencepiece_tokenizer.save_pretrained(other)
-    code, _, stderr = run(*options(pruned, tmp_path / "out", "--against", other))
-    assert code == 2
-    assert "another tokenizer" in stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_checkpoint_of_the_python_api_is_as_good(
     model: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -305,16 +248,6 @@ def test_resumed_is_never_interrupted(
     assert run(*again, "--overwrite")[0] == 0
     assert (tmp_path / "b/model.safetensors").read_bytes() == first
 
-    checkpoint = tmp_path / "a/run/checkpoint-5"
-    text_asked = ["--data", text, "--length", 24, "--device", "cpu", "--json"]
-    code, stdout, stderr = run("eval", checkpoint, "--base", pruned, *text_asked)
-    assert code == 0, stderr
-    midway = json_line(stdout)["perplexity"][str(checkpoint)]["text.txt"]
-    record = json.loads((tmp_path / "a/nuteprune.json").read_text())
-    # That of the result is measured after rounding to bfloat16.
-    assert midway == pytest.approx(record["perplexity"]["after"]["text.txt"], rel=1e-2)
-    assert midway < 0.9 * record["recover"]["perplexity"]["before"]["text.txt"]
-
 
 BAD: dict[str, tuple[list[str], str]] = {
     "into the model": (["--out", "PRUNED", "--overwrite"], "holds the model"),
@@ -329,7 +262,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "two texts": (["--data", "demo", "--data", "nope.txt"], "not demo, nope.txt"),
     "text of its own": (["--data", "self"], "recover writes no text itself"),
     "no such text to judge by": (["--eval-data", "nope.txt"], "nope.txt"),
-    "no such dense model": (["--against", "./nope"], "nope"),
     "no such model": (["MODEL", "./nope"], "nope"),
     "unknown dtype": (["--dtype", "float99"], "float99"),
     "unknown template": (["--template", "vicuna"], "auto, chat, alpaca"),

@@ -67,7 +67,6 @@ PHASES = {
     "nuteprune.stages.judge:judge_beside": "judging answers",
     "nuteprune.stages.write:write": "writing text",
     "nuteprune.train.recover:RecoverTrainer.merge": "merging",
-    "nuteprune.jobs.recover:compared": "comparing",
     "nuteprune.jobs.fewer_tokens:read_text": "counting tokens",
     "nuteprune.export.vocabulary:cut_model": "cutting the vocabulary",
     "nuteprune.judge.block_times:cost_table": "timing blocks",

@@ -93,10 +93,7 @@ JOBS = {
         *(30, CUTTING | {"timing models"}, "--resume"),
     ),
     "recover": Job(f"{RECOVER} --data {{text}}", 150, RECOVERING, "--resume"),
-    "recover beside the dense model": Job(
-        f"{RECOVER} --data {{rows}} --against {{model}}",
-        *(100, RECOVERING | {"comparing"}, "--resume"),
-    ),
+    "recover from instructions": Job(f"{RECOVER} --data {{rows}}", 100, RECOVERING, "--resume"),
     "vocab": Job(
         "vocab {model} --data {text} --keep 290 --length 16 --out {out}",
         *(60, {"writing text", "counting tokens", "cutting the vocabulary"}, "--overwrite"),
@@ -121,7 +118,7 @@ JOBS = {
 }
 KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGPROF, 128 + signal.SIGTERM}
 TIMES = {"seconds", "cpu_seconds", "seconds_per_step", "peak_memory_bytes", "stages", "cost"}
-TIMES |= {"speedup", "time_ratio", "sum"}
+TIMES |= {"speedup", "sum"}
 TIMED = ("README.md", "report.html", "*.png", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 

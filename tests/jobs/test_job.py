@@ -16,10 +16,9 @@ from nuteprune.errors import UserError
 from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
-from nuteprune.jobs.options import TYPES, Benchmark
+from nuteprune.jobs.options import TYPES
 from nuteprune.jobs.prune_run import mixture, recorded
 from nuteprune.jobs.settings import make_job
-from nuteprune.jobs.timing import ENGINES
 from nuteprune.progressive.config import GATE_TYPES, OBJECTIVES
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.run_folder import SELF
@@ -124,7 +123,6 @@ def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
     assert paper["gate_type"].choices == tuple(GATE_TYPES)
     assert paper["objective"].choices == tuple(OBJECTIVES)
     assert TYPES["gguf"] == tuple(FILE_TYPES)
-    assert Benchmark.engine == ENGINES[0]
 
 
 @pytest.mark.parametrize("word", ["for", "sed", "stepz", "lenght"])

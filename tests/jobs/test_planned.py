@@ -64,7 +64,7 @@ def found(
         first=import_module(args.PIPELINE).TRAINER(prepared, args, text.training),
         trainer_of=lambda _: run.first,
         reload=lambda _: model,
-        folder_of=lambda _: folder,
+        run_folder_of=lambda _: folder,
         resumes=False,
         around=None,
         about=dict,

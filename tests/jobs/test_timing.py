@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from nuteprune.console import Output
 from nuteprune.jobs import timing
-from nuteprune.jobs.timing import for_report, measure
+from nuteprune.jobs.timing import Computing, for_report, measure
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.report import told_gains
 from nuteprune.judge.work import Work, Workload
@@ -26,10 +25,6 @@ WORKS = {
 ALONE = {"small": 0.85, "dense": 1.0}
 """Seconds of a pass on a machine that does nothing else: 1.18 times faster."""
 
-ENGINE: Any = SimpleNamespace(
-    device="cpu", dtype=torch.float32, prepare=lambda *_: None, bytes_on_disk=lambda *_: None
-)
-
 
 @pytest.fixture
 def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -41,7 +36,7 @@ def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
         class Fake:
             def __init__(self, name: str, *_: Any) -> None:
                 self.name = name
-                self.about = About(WORKS[name], None, "none", "sdpa", 1, "CPU")
+                self.about = About(WORKS[name], "sdpa", 1, "CPU")
 
             def time(self, _: Workload) -> Timing:
                 order.append(self.name)
@@ -55,9 +50,10 @@ def injected(monkeypatch: pytest.MonkeyPatch) -> Any:
                 pass
 
         monkeypatch.setattr(timing, "Worker", Fake)
-        settings = [Workload(1, 8, 4)]
+        monkeypatch.setattr(timing, "_on_disk", lambda _: None)
+        settings, how = [Workload(1, 8, 4)], Computing("cpu", torch.float32)
         with Output(quiet=True).bars() as bars:
-            found = measure(["small", "dense"], settings, repeats, ENGINE, bars)
+            found = measure(["small", "dense"], settings, repeats, how, bars)
         return found, order
 
     return measured

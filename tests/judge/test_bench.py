@@ -24,7 +24,7 @@ from nuteprune.judge.bench import (
     verdict,
 )
 from nuteprune.judge.work import Work, Workload, experts_met
-from nuteprune.judge.worker import TorchRunner, Worker
+from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
 from tests.forked import workers
 from tests.greedy import continuation
@@ -32,18 +32,18 @@ from tests.greedy import continuation
 SETTING = Workload(batch_size=2, length=6, new_tokens=3)
 
 
-def load(folder: str) -> TorchRunner:
+def load(folder: str) -> PreTrainedModel:
     torch.set_num_threads(1)
-    return TorchRunner(load_pruned(folder))
+    return load_pruned(folder)
 
 
-def kill_process() -> TorchRunner:
+def kill_process() -> PreTrainedModel:
     import os
 
     os._exit(9)
 
 
-def refuse() -> TorchRunner:
+def refuse() -> PreTrainedModel:
     raise UserError("no such model")
 
 
@@ -204,16 +204,10 @@ def measured(ratio: float, spread: float = 0.0) -> dict[str, dict[str, Any]]:
     return compare(SETTING, ours, [Timing(1.0, 3.0)] * 5, cut, work(head=0))
 
 
-def test_a_model_that_is_faster_and_below_its_bound_is_told_why() -> None:
-    odd, even = work(), work(neurons=256)
-    good, bad = measured(1.9), measured(1.2)
-    assert good["decode"]["reached"] == pytest.approx(0.95)
-    assert advice([good], odd) == []
-    prefill, decode, remedy = advice([good, bad], odd)
-    assert prefill.startswith("prefill reaches 60% of its bound at worst: time goes into what does")
-    assert decode.startswith("decode reaches 60%")
-    assert "multiples of 96; prune with --set neuron_multiple=128" in remedy
-    assert "no larger one" in advice([bad], even)[-1]
+def test_a_model_that_is_faster_is_told_how_near_to_its_bound() -> None:
+    found = measured(1.9)
+    assert found["decode"]["reached"] == pytest.approx(0.95)
+    assert advice([found, measured(1.2)], work()) == []
 
 
 @pytest.mark.parametrize("comparison", [measured(1.2, spread=0.3), measured(2.5)])
@@ -225,14 +219,14 @@ def test_what_is_no_measurement_has_no_share_of_the_bound_and_no_reason(
     assert advice([comparison], work()) == []
 
 
-def test_a_slower_model_is_not_told_that_what_does_not_shrink_slows_it() -> None:
+def test_a_slower_model_is_told_what_may_slow_it() -> None:
     found = measured(0.5)
     assert {x["reached"] for x in found.values()} == {None}
-    prefill, decode, _ = advice([measured(1.9), found], work())
+    prefill, decode = advice([measured(1.9), found], work())
     for phase, line in (("prefill", prefill), ("decode", decode)):
         assert line.startswith(f"{phase} is slower than the dense model, 0.50 x at worst")
-        assert "does not shrink" not in line
-        assert "of its bound" not in line
+        assert "multiples of 96" in line
+        assert "--set neuron_multiple=128" in line
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +257,11 @@ def test_a_worker_does_not_run_the_script_that_starts_it_again(folder: Path) -> 
     script = folder.parent / f"{folder.name}.py"  # as people write it, with no guard
     script.write_text(
         "import torch\n"
-        "from nuteprune.jobs.timing import Engine\n"
+        "from nuteprune.jobs.timing import Computing\n"
         "from nuteprune.judge.worker import Worker\n"
         "print('begun')\n"
-        "engine = Engine('transformers', 'cpu', torch.float32, threads=1)\n"
-        f"with Worker('tiny', engine.prepare({str(folder)!r}, None, None)) as worker:\n"
+        "how = Computing('cpu', torch.float32, threads=1)\n"
+        f"with Worker('tiny', how.loader_of({str(folder)!r})) as worker:\n"
         "    print(worker.about.threads)\n"
     )
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

@@ -170,6 +170,30 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_an_earlier_run(
         other.train(str(tmp_path / "checkpoint-70"))
 
 
+def test_a_run_goes_on_with_its_own_settings_alone(tiny_model, tmp_path: Path) -> None:
+    settings = {"lora_rank": 16, "method": "taylor", "learning_rate": 3e-3}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    make(tiny_model("llama"), tmp_path, max_steps=2, **saving, **settings).train()
+    path = tmp_path / "settings.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in kept.items() if k != "schema"}))
+    resumed = make(tiny_model("llama"), tmp_path, max_steps=4, **settings)
+    with pytest.raises(UserError, match=r"most likely 0\.1\.0"):
+        resumed.train(resume_from_checkpoint=True)
+    path.write_text(json.dumps(kept))
+    other = make(tiny_model("llama"), tmp_path, max_steps=4, **{**settings, "lora_rank": 8})
+    with pytest.raises(UserError, match="was started with lora_rank 16, not 8"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_steps_are_fixed_where_a_ramp_shares_them_out(tiny_model, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    make(tiny_model("llama"), tmp_path, max_steps=4, ramp_share=0.5, **saving).train()
+    other = make(tiny_model("llama"), tmp_path, max_steps=6, ramp_share=0.5)
+    with pytest.raises(UserError, match="was started with max_steps 4, not 6"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_a_model_of_the_users_beside_checkpoints_stays(tiny_model, tmp_path: Path) -> None:
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     for name in ("checkpoint-0", "checkpoint-500"):

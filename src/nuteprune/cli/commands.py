@@ -111,14 +111,14 @@ def prune(
     return partial(finished, job)
 
 
-@o.command(Evaluation, defaults=True)
+@o.command(Evaluation)
 def evaluate(model: o.Model, **given: Any) -> o.Work:
     """Measure how good MODEL is: perplexity, copying, answers, tasks.
 
     Perplexity is measured on text, copying on random tokens. With --against also whether greedy
     answers loop, and what is lost on tokens that need their context. Tasks are zero-shot unless
-    --fewshot says otherwise. MODEL may also be a trainer checkpoint, OUT/run/checkpoint-N. Without
-    --data, --protocol and --tasks the text is the held-out part of the demo's.
+    --fewshot says otherwise. Without --data, --protocol and --tasks the text is the held-out part
+    of the demo's.
     """
     asked = Evaluation(model, **given)
     from nuteprune.jobs.evaluate import run
@@ -126,7 +126,7 @@ def evaluate(model: o.Model, **given: Any) -> o.Work:
     return partial(run, asked)
 
 
-@o.command(Benchmark, defaults=True)
+@o.command(Benchmark)
 def bench(model: o.Model, **given: Any) -> o.Work:
     """Measure how fast MODEL reads and writes, and its memory.
 
@@ -253,7 +253,7 @@ def vocab(
     return partial(run, job, keep)
 
 
-@o.command(Writing, defaults=True)
+@o.command(Writing)
 def write(
     model: o.Model,
     tokens: Annotated[int, typer.Option(help="Tokens to write, at least.")],

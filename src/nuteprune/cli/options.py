@@ -40,14 +40,13 @@ Json = Annotated[bool, typer.Option("--json", help="End with one machine-readabl
 
 
 def command(
-    *kinds: type, but: Collection[str] = (), defaults: bool = False
+    *kinds: type, but: Collection[str] = ()
 ) -> Callable[[Callable[..., Work]], Callable[..., None]]:
     """Make a command of a function, with the options that settings declare, and `--json`.
 
     Args:
         *kinds: the dataclasses that declare them.
         but: settings, by word, that the command does not offer.
-        defaults: whether help shows the defaults that its text does not tell.
 
     Returns:
         A decorator for a function that takes `**given`: word -> value of each that is given.
@@ -69,7 +68,7 @@ def command(
             if x.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         without = {x.name for x in own} | set(but)
-        more = [x for kind in kinds for x in _parameters(kind, defaults) if x.name not in without]
+        more = [x for kind in kinds for x in _parameters(kind) if x.name not in without]
         at = sum(x.default is inspect.Parameter.empty for x in own)
         own[at:at] = more
         own.append(_parameter("as_json", Json, False))
@@ -84,7 +83,7 @@ def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, only, default=default, annotation=hint)
 
 
-def _parameters(kind: type, defaults: bool) -> list[inspect.Parameter]:
+def _parameters(kind: type) -> list[inspect.Parameter]:
     """Return a parameter for each option that a dataclass declares."""
     hints, found = get_type_hints(kind), []
     for name, x in declared(kind).items():
@@ -93,8 +92,7 @@ def _parameters(kind: type, defaults: bool) -> list[inspect.Parameter]:
             plain = list[str] if x.several else plain
             hint = Annotated[plain | None, typer.Option(x.option, help=x.help)]
             called = name if keyword.iskeyword(x.word) else x.word  # as `for`
-            default = x.default if defaults and "(default" not in x.help else None
-            found.append(_parameter(called, hint, default))
+            found.append(_parameter(called, hint, None))
     return found
 
 

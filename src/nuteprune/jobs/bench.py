@@ -8,21 +8,16 @@ from typing import Any
 import torch
 
 from nuteprune.console import Output, megabytes, millions
+from nuteprune.data.tokens import check_positions
 from nuteprune.errors import UserError
+from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
 from nuteprune.gates.costs import PHASES
 from nuteprune.jobs.guard import check_absent, check_file, check_writable
 from nuteprune.jobs.options import Benchmark
-from nuteprune.jobs.sources import load_model, read_config, use_family
+from nuteprune.jobs.sources import load_model, locate, read_config, use_family
 from nuteprune.jobs.speed import write_table
-from nuteprune.jobs.timing import (
-    TRANSFORMERS,
-    Engine,
-    conditions,
-    measure,
-    pick_engine,
-    write_speed,
-)
+from nuteprune.jobs.timing import Computing, conditions, measure, write_speed
 from nuteprune.jobs.verdicts import LABELS
 from nuteprune.judge.bench import say_ratio
 from nuteprune.judge.work import Workload
@@ -38,24 +33,16 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
     model, against = asked.model, asked.against
     use_family(asked.family, against or model)
     settings = [
-        Workload(batch, length, _positive(asked.new_tokens, "--new-tokens"))
+        Workload(batch, length, asked.new_tokens)
         for batch in _numbers(asked.batch_sizes, "--batch-sizes")
         for length in _numbers(asked.lengths, "--lengths")
     ]
-    _positive(asked.repeats, "--repeats")
-    if asked.threads is not None:
-        _positive(asked.threads, "--threads")
     names = [model] if against in (None, model) else [model, str(against)]
     target = _target(names, asked.overwrite) if asked.save else None
-    chosen = pick_engine(asked.engine, asked.device, asked.dtype, asked.threads)
+    how = Computing.asked(asked.device, asked.dtype, asked.threads)
     for name in names:
         read_config(name)
     if asked.save_costs is not None:
-        if chosen.name != TRANSFORMERS:
-            raise UserError(
-                f"--save-costs times blocks in transformers, and --engine {asked.engine} has none "
-                "of them; leave one of the two out"
-            )
         if against is not None or asked.save:
             raise UserError(
                 "--save-costs writes a table of MODEL alone; leave out --against and --save, or "
@@ -64,9 +51,13 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
         path = at_home(asked.save_costs)
         reads = [("model", model), ("entry", asked.family)]
         check_file("--save-costs", path, reads, asked.overwrite, "costs.json")
-        return _costs(model, path, settings[0], chosen, output)
+        return _costs(model, path, settings[0], how, output)
+    longest = max(x.length + x.new_tokens for x in settings)
+    for name in names:
+        what = f"a prompt of {name} with its new tokens"
+        check_positions(longest, load_config(locate(name)), what)
     with output.bars() as bars:
-        found = measure(names, settings, asked.repeats, chosen, bars)
+        found = measure(names, settings, asked.repeats, how, bars)
     found["against"] = against  # a model may be its own dense one
     _print(found, output)
     if target is not None:
@@ -76,13 +67,13 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
 
 
 def _costs(
-    model: str, path: Path, setting: Workload, engine: Engine, output: Output
+    model: str, path: Path, setting: Workload, how: Computing, output: Output
 ) -> dict[str, Any]:
     """Write the table that `prune --costs` takes, and return it with its path as `out`."""
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
-    loaded = load_model(model, engine.dtype)
-    table = write_table(path, loaded, setting, engine.device, engine.dtype)
+    if how.threads is not None:
+        torch.set_num_threads(how.threads)
+    loaded = load_model(model, how.dtype)
+    table = write_table(path, loaded, setting, how)
     parts = [(f"{x['heads']} heads on {x['kv_heads']} KV heads", x) for x in table["attention"]]
     parts += [(f"{x['neurons']} neurons", x) for x in table["mlp"]]
     parts.append(("all else", table["rest"]))
@@ -92,18 +83,14 @@ def _costs(
     return {"out": str(path), **table}
 
 
-def _positive(number: int, option: str) -> int:
-    if number < 1:
-        raise UserError(f"{option} {number}: pass at least 1")
-    return number
-
-
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        numbers = [int(x) for x in text.split(",")]
+        numbers = dict.fromkeys(int(x) for x in text.split(","))
     except ValueError:
         raise UserError(f"{option} {text}: pass whole numbers with commas, such as 1,8") from None
-    return list(dict.fromkeys(_positive(x, option) for x in numbers))
+    if min(numbers) < 1:
+        raise UserError(f"{option} {text}: pass at least 1")
+    return list(numbers)
 
 
 def _target(names: list[str], overwrite: bool) -> Path:

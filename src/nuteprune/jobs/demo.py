@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output, megabytes
 from nuteprune.data import demo as assets
 from nuteprune.export.record import weights_size
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.prune import Result, finish, run
+from nuteprune.jobs.prune import finish, run
 from nuteprune.jobs.show import print_beside, print_end
 from nuteprune.jobs.speed import measure_beside
 from nuteprune.judge.bench import say_ratio
@@ -47,26 +48,26 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     result = run(with_defaults(job), output)
     if result is None:
         return None
-    return result.plan if result.plan is not None else compare(job, result, output)
+    return result.plan if result.plan is not None else compare(job, result.records, output)
 
 
-def compare(job: PruneJob, result: Result, output: Output) -> dict[str, Any]:
+def compare(job: PruneJob, records: dict[Path, dict[str, Any]], output: Output) -> dict[str, Any]:
     """Print dense and pruned model side by side, and answers of both."""
-    out, record = list(result.records.items())[-1]
+    out, record = list(records.items())[-1]
     gc.collect()  # make room for two models
     speed = measure_beside(job, out, TIMED, output)
     print_table(record, speed, output)
     print_beside(record, read_samples(out / RUN), output)
     output.line()
     print_end(out, record, output)
-    finish(job, result, output)
+    finish(job, records, output)
     (timed,) = speed["settings"]
     ours, dense = (x["decode_tokens_per_second"]["median"] for x in timed["models"].values())
     return {
         "out": str(out),
         **record,
         "decode_tokens_per_second": {"dense": dense, "NutePrune": ours},
-        "speedup": result.speedups.get(out, timed["speedup"]),
+        "speedup": record.get("speedup", timed["speedup"]),
     }
 
 

@@ -1,14 +1,11 @@
-"""The job of `eval`: models judged alike, be they dense, pruned, or in the middle of a run."""
+"""The job of `eval`: models judged alike, dense or pruned."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,10 +25,7 @@ from nuteprune.judge.context import SEED, copying
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.run_folder import RECORD, RUN, TEXT, VOCAB
 from nuteprune.stages.judge import judge_beside
-from nuteprune.train.midway import is_midway, load_midway
-from nuteprune.train.settings import read_settings
 
 BLOCKS = 96
 """Blocks of text at most that the use of context is measured on."""
@@ -44,16 +38,9 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         UserError: for anything that cannot work.
         RunFailed: if a perplexity is no finite number.
     """
-    source = asked.against or candidate_of(asked.model, asked.base).source
-    sources.use_family(asked.family, source)
+    sources.use_family(asked.family, asked.against or asked.model)
     _check(asked)
     names = [name for name in (asked.model, asked.against) if name is not None]
-    models = [candidate_of(name, asked.base) for name in names]
-    if asked.base is not None and not any(x.checkpoint for x in models):
-        raise UserError(
-            f"--base is for a checkpoint in the middle of a run, and {asked.model} is a whole "
-            "model; the model to compare with is --against"
-        )
     questions = None
     if asked.tasks is not None:
         tasks = [x.strip() for x in asked.tasks.split(",") if x.strip()]
@@ -61,36 +48,36 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
         questions = Tasks(tasks, include, asked.limit, asked.fewshot)
     kind = sources.pick_device(asked.device)
     computed = sources.pick_dtype(asked.dtype, kind)
-    tokenizer = sources.load_tokenizer(models[0].source, asked.trust_remote_code)
+    tokenizers = [sources.load_tokenizer(name, asked.trust_remote_code) for name in names]
+    tokenizer = tokenizers[0]
     cut: dict[str, texts.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
-        cut = _blocks(asked, tokenizer, _learned(models))
+        cut = _blocks(asked, tokenizer, _learned(names))
     prompts = None if asked.prompts is None else read_prompts(asked.prompts, tokenizer)
-    if beside := asked.against is not None and bool(cut or prompts):
-        sources.same_tokens(tokenizer, models[1].source, asked.trust_remote_code)
+    beside = asked.against is not None and bool(cut or prompts)
+    if beside and tokenizers[1].get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--against {asked.against} has another tokenizer, so perplexities do not compare; "
+            "pass the model that was pruned"
+        )
     verdicts = Verdicts(cut, questions)
     held: list[PreTrainedModel] = []
     with output.bars() as bars:
-        for i, one in enumerate(models):
-            bars.update("models", i, len(models), one.name)
-            loaded = sources.load_model(one.source, computed).to(kind)  # type: ignore[arg-type]
-            if one.checkpoint is not None:
-                loaded, sparsity = load_midway(loaded, one.checkpoint)
-                verdicts.midway |= {} if sparsity is None else {one.name: sparsity}
+        for i, (name, own) in enumerate(zip(names, tokenizers, strict=True)):
+            bars.update("models", i, len(names), name)
+            loaded = sources.load_model(name, computed).to(kind)  # type: ignore[arg-type]
             if cut:
-                found = _measure(one, loaded, cut, asked.batch_size, bars)
-                verdicts.perplexity[one.name] = found
-            own = sources.load_tokenizer(one.source, asked.trust_remote_code)
+                verdicts.perplexity[name] = _measure(name, loaded, cut, asked.batch_size, bars)
             seed = SEED if asked.copying_seed is None else asked.copying_seed
             if copied := copying(loaded, own, seed=seed, batch_size=asked.batch_size):
-                verdicts.copying[one.name] = copied
+                verdicts.copying[name] = copied
             if questions is not None:
-                verdicts.tasks[one.name] = questions.ask(loaded, own, asked.batch_size)
+                verdicts.tasks[name] = questions.ask(loaded, own, asked.batch_size)
             if beside:
                 held.append(loaded)
             del loaded
             gc.collect()
-        bars.update("models", len(models), len(models))
+        bars.update("models", len(names), len(names))
         if beside:
             bars.update("answers and context", 0, 1)
             text = {name: blocks.tokens_NT for name, blocks in cut.items()}
@@ -103,48 +90,6 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     verdicts.print(output)
     stated = {"device": kind, "dtype": dtype_name(computed)}
     return {"model": asked.model, "against": asked.against, **stated, **verdicts.to_dict()}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to judge.
-
-    Args:
-        name: as the user named it.
-        source: the model whose files and tokenizer are read.
-        checkpoint: the trainer checkpoint to apply to it; None: none.
-    """
-
-    name: str
-    source: str
-    checkpoint: Path | None = None
-
-
-def candidate_of(name: str, base: str | None) -> Candidate:
-    """Return what a user names: a model, or a trainer checkpoint of a run.
-
-    Args:
-        name: hub id, checkpoint folder, `demo`, or `OUT/run/checkpoint-N`.
-        base: where the model that the run prunes is now; None: where the run found it.
-
-    Raises:
-        UserError: if it cannot be told what model a run prunes.
-    """
-    folder = at_home(name)
-    if not is_midway(folder):
-        return Candidate(name, name)
-    run = folder.resolve().parent
-    settings = {"model": base} if base else read_settings(run)
-    source = settings.get("model")
-    if settings.get("vocab") is not None:  # of several targets one run is above the others
-        cut = (x / VOCAB for x in (run, run.parents[1] / RUN))
-        source = next((str(x) for x in cut if (x / RECORD).is_file()), None)
-    if not source:
-        raise UserError(
-            f"{name} is a checkpoint in the middle of a run, and holds only what the run has "
-            "learned; pass the model that it prunes as --base"
-        )
-    return Candidate(name, str(source), folder)
 
 
 def _check(asked: Evaluation) -> None:
@@ -169,21 +114,9 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _learned(models: Sequence[Candidate]) -> list[Fingerprint | None]:
+def _learned(models: Sequence[str]) -> list[Fingerprint | None]:
     """Return what records say of the text that models were made with; empty if they say nothing."""
-    records = [record for x in models if (record := sources.record_of(x.source)) is not None]
-    runs = [x.checkpoint.resolve().parent for x in models if x.checkpoint is not None]
-    records += [{"config": read_settings(run), **_text_of(run)} for run in runs]
-    return [one for x in records for one in learned_from(x)]
-
-
-def _text_of(run: Path) -> dict[str, Any]:
-    """Return what a run in the middle learns from, as its record will have it; {}: not known."""
-    path = run / TEXT
-    try:
-        return {"text": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and it is not known") from error
+    return [text for x in models for text in learned_from(sources.record_of(x) or {})]
 
 
 def _blocks(
@@ -215,22 +148,22 @@ def _blocks(
 
 
 def _measure(
-    one: Candidate, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, bars: Bars
+    name: str, loaded: Any, cut: Mapping[str, texts.Blocks], batch_size: int, bars: Bars
 ) -> dict[str, float]:
     """Return the perplexity on each text."""
     vocabulary = Anatomy(loaded).embedding.weight.shape[0]
     found = {}
     for i, (source, blocks) in enumerate(cut.items()):
-        bars.update(f"perplexity, {one.name}", i, len(cut), source)
+        bars.update(f"perplexity, {name}", i, len(cut), source)
         check_ids(blocks.tokens_NT, vocabulary)
         check_positions(blocks.tokens_NT.shape[1], loaded.config)
         found[source] = perplexity(
             loaded, blocks.tokens_NT, batch_size=batch_size, context=blocks.context_N
         )
-    bars.update(f"perplexity, {one.name}", len(cut), len(cut))
+    bars.update(f"perplexity, {name}", len(cut), len(cut))
     if not all(map(math.isfinite, found.values())):
         raise RunFailed(
-            f"the perplexity of {one.name} is not finite ({found}): try --dtype float32; if that "
+            f"the perplexity of {name} is not finite ({found}): try --dtype float32; if that "
             "does not help, the checkpoint is damaged"
         )
     return found

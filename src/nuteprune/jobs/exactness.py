@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.console import quiet_loading
 from nuteprune.distill.losses import Head
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import RunFailed, UserError, in_one_line
 from nuteprune.export.checkpoint import assemble, recount, save
 from nuteprune.export.loading import load_pruned
 from nuteprune.export.record import blocks_recount
@@ -94,10 +94,9 @@ def _tried(small: PreTrainedConfig, kind: str, shapes: str) -> str | None:
     try:
         with TemporaryDirectory() as folder:
             return _difference(small, kind, shapes, Path(folder) / "model")
-    except (UserError, RunFailed) as error:
-        return str(error)
     except Exception as error:  # whatever code raises that an entry does not fit
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        is_ours = isinstance(error, (UserError, RunFailed))
+        return ("" if is_ours else f"{type(error).__name__}: ") + in_one_line(error)
 
 
 def _difference(small: PreTrainedConfig, kind: str, shapes: str, folder: Path) -> str | None:

@@ -103,7 +103,10 @@ def checked(config: PreTrainedConfig, file: FamilyFile | None = None) -> tuple[F
     """
     problems, best = [], None
     for family in [file.family] if file else _proposed(config):
-        small = _small(config, family)
+        if family.head_dim_from_hidden:
+            small = small_config(config, head_dim=None)
+        else:
+            small, _ = base_config(config)
         if file:
             _check_file(file, config, small)
         try:
@@ -130,15 +133,6 @@ def _proposed(config: PreTrainedConfig) -> list[Family]:
     except Exception as error:  # modelling code that is none of ours, on sizes it was not made for
         said = f"{type(error).__name__}: {in_one_line(error)}"
         raise UserError(f"a small {config.model_type} cannot be looked at: {said}") from error
-
-
-def _small(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
-    """Return the small config that an entry is tried on."""
-    return (
-        small_config(config, head_dim=None)
-        if family.head_dim_from_hidden
-        else base_config(config)[0]
-    )
 
 
 def _check_file(file: FamilyFile, config: PreTrainedConfig, small: PreTrainedConfig) -> None:

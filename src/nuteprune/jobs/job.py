@@ -188,7 +188,6 @@ class RecoverJob(RecoverSettings, Job):
     """What `recover` is asked to do.
 
     Args:
-        against: the dense model, to be tuned in the same way for comparison; None: no comparison.
         steps: optimizer steps; None: by epochs, for plain text `STEPS`.
         epochs: passes over instruction data; None: `EPOCHS`.
         learning_rate: None: by the kind of data, `RATES`.
@@ -211,9 +210,6 @@ class RecoverJob(RecoverSettings, Job):
         "Text to judge by; about 5 % of it, the held-out part, is read. Default: the text that "
         "the pruned model was judged by.",
         role=HOW,
-    )
-    against: str | None = option(
-        "The dense model: recover tunes it in the same way afterwards, and compares.", role=CALL
     )
     steps: int | None = option(f"Optimizer steps (plain text: {STEPS}).", bounds=(1, 1e9), role=HOW)
     epochs: float | None = option(

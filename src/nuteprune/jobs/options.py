@@ -10,7 +10,7 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.judge import protocols
 from nuteprune.run_folder import RUN, SPEED
 from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import declared, option, setting
+from nuteprune.train.settings import check_declared, declared, option, setting
 
 REPLACE = "Replace the file if it exists."
 TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}
@@ -20,7 +20,7 @@ _HELP = {name: x.help for name, x in declared(PruneJob).items()}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `eval` is asked to do; the model may also be `OUT/run/checkpoint-N`."""
+    """What `eval` is asked to do."""
 
     model: str = setting(_HELP["model"], MISSING)
     against: str | None = option(
@@ -46,15 +46,14 @@ class Evaluation:
         "Prompts that both models answer, JSON lines with 'prompt' or 'messages'; without "
         "it questions that the dense model writes, or beginnings of the text."
     )
-    answer_tokens: int = option("Tokens of an answer at most.", 64)
-    batch_size: int = option("Blocks or questions per forward pass.", 4)
+    answer_tokens: int = option("Tokens of an answer at most (default {default}).", 64)
+    batch_size: int = option("Blocks or questions per forward pass (default {default}).", 4)
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
     text_column: str | None = option(_HELP["text_column"])
     copying_seed: int | None = option(
         "Seed of the tokens to copy. Pass 0 to 9 while you choose a model."
     )
-    base: str | None = option("Where the dense model of OUT/run/checkpoint-N is, if it was moved.")
     family: str | None = option(_HELP["family"])
     trust_remote_code: bool = option(_HELP["trust_remote_code"], False)
 
@@ -70,16 +69,11 @@ class Benchmark:
 
     model: str = setting(_HELP["model"], MISSING)
     against: str | None = option("The dense model, timed in turns.")
-    engine: str = option(
-        "What runs the models: transformers, or llama.cpp, which reads GGUF files that "
-        "bench exports in --dtype float16, bfloat16 or float32.",
-        "transformers",
-    )
-    batch_sizes: str = option("Sequences at a time, with commas.", "1,4")
-    lengths: str = option("Tokens of the prompt, with commas.", "256")
-    new_tokens: int = option("Tokens decoded after the prompt.", 32)
-    repeats: int = option("Timed passes, after one to warm up.", 5)
-    threads: int | None = option("Threads on a CPU.")
+    batch_sizes: str = option("Sequences at a time, with commas (default {default}).", "1,4")
+    lengths: str = option("Tokens of the prompt, with commas (default {default}).", "256")
+    new_tokens: int = option("Tokens to decode (default {default}).", 32, bounds=(1, 1e6))
+    repeats: int = option("Timed passes after the first (default {default}).", 5, bounds=(1, 1e6))
+    threads: int | None = option("Threads on a CPU.", bounds=(1, 1e4))
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
     save: bool = option(f"Also write MODEL/{RUN}/{SPEED} for the report.", False)
@@ -89,6 +83,9 @@ class Benchmark:
     )
     overwrite: bool = option(REPLACE, False)
     family: str | None = option(_HELP["family"])
+
+    def __post_init__(self) -> None:
+        check_declared(self)
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class Writing:
     tokens: int
     out: Path
     length: int = option(_HELP["length"], PruneJob.length)
-    seed: int = option("Seed of what is drawn.", PruneSettings.seed)
+    seed: int = option("Seed of what is drawn (default {default}).", PruneSettings.seed)
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
     overwrite: bool = option(REPLACE, False)

@@ -79,13 +79,12 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     dtype = torch.bfloat16 if job.dtype == "auto" else pick_dtype(job.dtype, job.device)
     with tempfile.TemporaryDirectory() as scratch:
         args = trainer_config(replace(job, device="cpu"), Path(scratch))
-        if args.sharded:
+        saving = {"sharded": args.sharded, "offload": args.offload, "bits": job.bits}
+        if asked_for := [x for x, given in saving.items() if given]:
             raise UserError(
-                "a plan says by itself what sharding saves: pass --devices and --device-memory"
+                f"a plan says by itself what {asked_for[0]} saves: use --device-memory, and "
+                "--devices where there are several"
             )
-        for what, given in {"offload": args.offload, "bits": job.bits}.items():
-            if given:
-                raise UserError(f"a plan says by itself what {what} saves: use --device-memory")
         planned = Plan.of(config, args, job.length, dtype, own=share_to_write(job))
         layer = planned.sizes.layer
         if asked.memory is not None and layer > SPARE * asked.memory:

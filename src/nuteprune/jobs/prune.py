@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.settings import check_target, make_job
-from nuteprune.jobs.show import print_plan, print_report, print_results
+from nuteprune.jobs.show import print_plan, print_report, print_result
 from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
@@ -34,22 +34,10 @@ class Result:
     Args:
         records: folder -> record of each checkpoint, one per target, growing.
         plan: the plan of a dry run; None for other runs.
-        speedups: folder -> what was measured, where speed was asked for.
     """
 
     records: dict[Path, dict[str, Any]]
     plan: dict[str, Any] | None = None
-    speedups: dict[Path, dict[str, Any]] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the record, with the folder as `out`; of several targets a list in `targets`."""
-        if self.plan is not None:
-            return self.plan
-        lines = []
-        for folder, record in self.records.items():
-            speedup = {"speedup": self.speedups[folder]} if folder in self.speedups else {}
-            lines.append({"out": str(folder), **record, **speedup})
-        return lines[0] if len(lines) == 1 else {"targets": lines}
 
 
 def prune(
@@ -94,7 +82,7 @@ def prune(
 
 
 def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
-    """Do the job, print what came out, and write its report; see `run` and `Result.summary`.
+    """Do the job, print what came out, and write its report; returns as `prune` does.
 
     Raises:
         UserError: if no target is given, or for what `run` refuses.
@@ -104,29 +92,35 @@ def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
     result = run(job, output)
     if result is None:
         return None
-    if result.plan is None:
-        print_results(result.records, output)
-        finish(job, result, output)
-    return result.summary()
+    if result.plan is not None:
+        return result.plan
+    *_, last = result.records
+    for folder, record in result.records.items():
+        print_result(folder, record, output, answers=folder == last)
+    finish(job, result.records, output)
+    found = [{"out": str(folder), **record} for folder, record in result.records.items()]
+    return found[0] if len(found) == 1 else {"targets": found}
 
 
-def finish(job: PruneJob, result: Result, output: Output) -> None:
+def finish(job: PruneJob, records: dict[Path, dict[str, Any]], output: Output) -> None:
     """Measure the speed that was asked for, write the reports, and hold the result to it.
+
+    Records get what is measured as `speedup`.
 
     Raises:
         RunFailed: if the result is too slow.
     """
-    fast = {k: x for k, x in result.records.items() if x["asked"]["kind"] == "speedup"}
+    fast = {k: x for k, x in records.items() if x["asked"]["kind"] == "speedup"}
     if fast:
         from nuteprune.jobs.speed import check_speed, judge_speed  # few runs ask for it
 
-        result.speedups = judge_speed(job, fast, output)
-    for folder in result.records:
+        judge_speed(job, fast, output)
+    for folder in records:
         print_report(folder, output)
     # Judged by text that the run did not read.
     output.line(f"Next    nuteprune eval {folder} --against {job.dense} --data YOUR_TEXT")
-    for folder, speedup in result.speedups.items():
-        check_speed(result.records[folder], speedup)
+    for record in fast.values():
+        check_speed(record)
 
 
 def run(job: PruneJob, output: Output) -> Result | None:

@@ -106,8 +106,8 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     check_wrapper(job, prepared, whole)
     shared = Path(str(config.output_dir))
 
-    def folder_of(goal: Target) -> Path:
-        return shared.parent if len(prepared.goals) == 1 else shared.parent / goal.asked.folder
+    def run_folder_of(goal: Target) -> Path:
+        return shared if len(prepared.goals) == 1 else shared.parent / goal.asked.folder / RUN
 
     what = what_it_is(job) | _hashes(job, config)
 
@@ -128,7 +128,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
             trainer.check_optimizer()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepProgress(trainer, bars, "teach"))
-        own.output_dir = str(folder_of(goal) / RUN)  # Trainer makes its folder at once: not yet
+        own.output_dir = str(run_folder_of(goal))  # Trainer makes its folder at once: not yet
         return trainer
 
     products = Products(None, {})
@@ -161,7 +161,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         first=first,
         trainer_of=trainer_of,
         reload=lambda dtype: sources.load_model(job.dense, dtype),
-        folder_of=folder_of,
+        run_folder_of=run_folder_of,
         resumes=job.resume,
         around=whole,
         about=about,
@@ -270,10 +270,9 @@ def share_to_write(job: PruneJob) -> float:
 
 def seconds_writing(run: Run, tokens: int) -> float:
     """Return about how long a run's model writes as many tokens, timed on the first positions."""
-    model, text = run.model, run.text
-    with model.model.disable_adapter():
-        how: dict[str, Any] = {"tokens": tokens, "length": text.length}
-        return seconds_to_write(model.anatomy.model, text.tokenizer, **how)
+    dense, text = run.model.anatomy.model, run.text
+    with run.model.model.disable_adapter():
+        return seconds_to_write(dense, text.tokenizer, tokens=tokens, length=text.length)
 
 
 def text_of(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import statistics
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,15 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from nuteprune.console import Bars, Output, quiet_loading
+from nuteprune.console import Bars, Output, dtype_name, megabytes, millions, quiet_loading
 from nuteprune.data.blocks import JUDGED
-from nuteprune.data.examples import holds_instructions
+from nuteprune.data.examples import Examples, holds_instructions
 from nuteprune.data.fingerprint import text_entry
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.card import perplexities_of
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
 from nuteprune.export.record import weights_size, write_again
-from nuteprune.files import write_json
 from nuteprune.jobs import sources
 from nuteprune.jobs.folder import clear, clear_result, goes_on
 from nuteprune.jobs.guard import alone, check_out, nothing_left
@@ -34,32 +31,15 @@ from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, Recover
 from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.settings import make_job, settings_of_user
 from nuteprune.jobs.show import StepProgress
-from nuteprune.jobs.show_recover import print_recovered, print_recovery
 from nuteprune.judge.context import copying
 from nuteprune.judge.perplexity import mean, perplexities, protocol
-from nuteprune.judge.retention import retentions
-from nuteprune.judge.work import Work
 from nuteprune.memory import peak
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
-from nuteprune.run_folder import DENSE, RECORD, RUN
+from nuteprune.run_folder import RECORD, RUN
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.recover import RecoverTrainer
 from nuteprune.train.settings import check_same
-from nuteprune.train.state import last_checkpoint
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A model that was tuned and written.
-
-    Args:
-        result: what is printed: `out`, `recover`, and the record where there is one.
-        work: multiply-adds with weights per token of a forward pass.
-    """
-
-    result: dict[str, Any]
-    work: int
 
 
 def recover(
@@ -67,7 +47,6 @@ def recover(
     *,
     out: str | os.PathLike[str],
     data: str | None = None,
-    against: str | None = None,
     steps: int | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -79,7 +58,6 @@ def recover(
         out: folder for the result.
         data: what to learn: chat or instruction rows, or plain text; a file, a folder, a hub
             dataset, or `demo`.
-        against: the dense model: tuned in the same way afterwards, and compared.
         steps: optimizer steps.
         quiet: print nothing.
         **settings: the command's other options by name: fields of `RecoverJob`.
@@ -92,7 +70,7 @@ def recover(
         UserError: for anything that cannot work; nothing is written then.
         RunFailed: if training breaks down.
     """
-    given = {"model": model, "out": out, "data": data, "against": against, "steps": steps}
+    given = {"model": model, "out": out, "data": data, "steps": steps}
     job = make_job(RecoverJob, {**given, **settings})
     with quiet_loading():
         return finished(job, Output(quiet=quiet))
@@ -102,48 +80,25 @@ def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Do the job, and print what came out; returns the same as `recover`."""
     with alone(job.out) if is_main() else nullcontext():
         if is_main():  # the others may come when it has begun to write
-            for model in filter(None, (job.model, job.against)):
-                check_out(replace(job, model=model))
-        if job.steps is not None and job.epochs is not None:
-            raise UserError("--steps and --epochs both say how long; pass one of them")
-        tuned = _run(job, output)
-    if tuned is None:
-        return None
-    print_recovered(tuned.result, output)
-    return tuned.result
+            check_out(job)
+        result = _run(job, output)
+    if result is not None:
+        print_recovered(result, output)
+    return result
 
 
-def _run(job: RecoverJob, output: Output) -> Tuned | None:
+def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
+    """Tune a model and write it; returns None in all processes of a run but the main one."""
+    if job.steps is not None and job.epochs is not None:
+        raise UserError("--steps and --epochs both say how long; pass one of them")
     record = sources.record_of(job.model)
     tokenizer = sources.load_tokenizer(job.model, job.trust_remote_code)
     sources.around(job.model)  # a run does not end where its files cannot be had
-    if job.against is not None:
-        sources.same_tokens(tokenizer, job.against, job.trust_remote_code)
     named, judged = judged_text(job, record, tokenizer, output)
     job = replace(job, eval_data=named)  # what judges is what settings and record state
-    ours = _tune(job, record, tokenizer, judged, output)
-    if job.against is not None:
-        gc.collect()  # a trainer and its callbacks point at each other: make room
-        output.line()
-        out = job.out / RUN / DENSE
-        resume = job.resume and last_checkpoint(out / RUN) is not None
-        twin = replace(job, model=job.against, out=out, resume=resume, against=None)
-        dense = _tune(twin, None, tokenizer, judged, output)
-        if ours is not None and dense is not None:
-            note(ours.result, compared(job.against, ours, dense))
-    return ours
-
-
-def _tune(
-    job: RecoverJob,
-    record: Mapping[str, Any] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    judged: Mapping[str, Tensor],
-    output: Output,
-) -> Tuned | None:
-    """Tune a model and write it; returns None in all processes of a run but the main one."""
     kind = INSTRUCTIONS if holds_instructions(job.text, job.text_column) else TEXT
-    config = _config(job, kind)
+    if kind == TEXT and job.epochs is not None:
+        raise UserError(f"{job.text} is plain text, which has no epochs; pass --steps")
     model, autocast = _load(job)
     config = _config(job, kind, **autocast)
     training = training_text(job, kind, config, tokenizer, model)
@@ -169,8 +124,7 @@ def _tune(
         "perplexity": {"before": before, "after": after, "protocol": protocol(judged)},
         "text": text_entry(training, judged, record),
     }
-    work = Work.of(small)
-    return Tuned(_write(job, small, tokenizer, record, entry), work.blocks + work.head)
+    return _write(job, small, tokenizer, record, entry)
 
 
 def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
@@ -186,8 +140,6 @@ def _load(job: RecoverJob) -> tuple[PreTrainedModel, dict[str, bool]]:
 
 def _config(job: RecoverJob, kind: str, **more: Any) -> RecoverConfig:
     steps = job.steps if job.steps or kind == INSTRUCTIONS else STEPS
-    if kind == TEXT and job.epochs is not None:
-        raise UserError(f"{job.text} is plain text, which has no epochs; pass --steps")
     return RecoverConfig(
         output_dir=str(job.out / RUN),
         disable_tqdm=True,
@@ -278,44 +230,58 @@ def _write(
     return {**result, **write_again(job.out, small, tokenizer, new, sources.around(job.model))}
 
 
-def compared(dense: str, ours: Tuned, theirs: Tuned) -> dict[str, Any]:
-    """Compare the tuned pruned model with the dense model, tuned in the same way.
-
-    Args:
-        dense: the dense model's name, as the user gave it.
-        ours: the pruned model, tuned.
-        theirs: the dense one.
-
-    Returns:
-        `model`, `out`, `perplexity` {`before`, `after`}, `retention` {`before`, `after`: {text:
-        percent, `mean`}}, `seconds_per_step`, `time_ratio` (ours over theirs; None where a resumed
-        run took no step) and `work_ratio`, the same of multiply-adds with weights.
-    """
-    mine, entry = ours.result["recover"], theirs.result["recover"]
-    found = {when: entry["perplexity"][when] for when in ("before", "after")}
-    times = mine["seconds_per_step"], entry["seconds_per_step"]
-    return {
-        "model": dense,
-        "out": theirs.result["out"],
-        "perplexity": found,
-        "retention": {when: retentions(mine["perplexity"][when], x) for when, x in found.items()},
-        "seconds_per_step": times[1],
-        "time_ratio": times[0] / times[1] if all(times) else None,
-        "work_ratio": ours.work / theirs.work,
-    }
-
-
-def note(result: dict[str, Any], comparison: Mapping[str, Any]) -> None:
-    """Add a comparison to a result, and to the record that was written of it, if there is one."""
-    result["recover"]["against"] = dict(comparison)
-    path = Path(result["out"]) / RECORD
-    if path.is_file():
-        write_json(path, {k: x for k, x in result.items() if k != "out"})
-
-
 def judged_again(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record's perplexities: the dense model's stay where the blocks are the same."""
     found, protocol = entry["perplexity"], record.get("perplexity", {}).get("protocol")
     before, after = perplexities_of(record)
     same = protocol == found["protocol"] and set(after) == set(found["after"])
     return {**found, "before": before if same else {}}
+
+
+def print_recovery(
+    job: RecoverJob,
+    trainer: RecoverTrainer,
+    training: Dataset[Any],
+    record: Mapping[str, Any] | None,
+    output: Output,
+) -> None:
+    """Print what `recover` is going to do, in a few lines."""
+    args, anatomy = trainer.args, Anatomy(trainer.model)
+    pruned = f", {record['sparsity']:.1%} of its decoder pruned" if record else ", not pruned"
+    output.line(f"Model   {job.model}: {millions(anatomy.parameters())} parameters{pruned}")
+    what = "plain text"
+    if isinstance(training, Examples):
+        without = (
+            f" ({training.skipped} rows without an answer within {job.length} tokens left out)"
+        )
+        left_out = without if training.skipped else ""
+        what = f"{len(training)} examples, answers learned{left_out}"
+    output.line(f"Data    {job.text}: {what}")
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    output.line(
+        f"Run     {trainer.steps()} steps of {args.sequences_per_step} x {job.length} tokens at "
+        f"most on {args.device}, {dtype_name(anatomy.model.dtype)}; LoRA rank {args.lora_rank} on "
+        f"all projections ({millions(trained)} parameters) at {args.learning_rate:g}"
+    )
+
+
+def print_recovered(result: Mapping[str, Any], output: Output) -> None:
+    """Print perplexities before and after, and where the checkpoint is."""
+    entry = result["recover"]
+    found = entry["perplexity"]
+    untouched = result.get("perplexity", {}).get("before", {})
+    columns = {"dense": untouched} if untouched else {}
+    columns |= {"before": found["before"], "after": found["after"]}
+    rows = [
+        [source, *(f"{column[source]:.2f}" for column in columns.values())]
+        for source in found["after"]
+    ]
+    rows.append(["mean", *(f"{mean(column):.2f}" for column in columns.values())])
+    output.line()
+    output.table("Perplexity on held-out text", ["", *columns], rows)
+    pace = entry["seconds_per_step"]
+    took = f", {pace:.2f} s each (median)" if pace is not None else ""
+    output.line(f"{entry['steps']} steps{took}; {megabytes(result['bytes_on_disk'])} on disk")
+    if "sparsity" not in result:
+        output.line(f"{result['out']} has no {RECORD}: the model was not pruned by nuteprune")
+    output.line(f"Checkpoint in {result['out']}")

@@ -39,19 +39,17 @@ def judged_text(
     Raises:
         UserError: if the text that is left to judge by cannot be read.
     """
+    config = (record or {}).get("config", {})
     size: dict[str, Any] = {"length": job.length, "count": job.eval_blocks}
-    if job.eval_data is None and record is not None:
-        config = record.get("config", {})
-        if "data" in config:
-            # What `vocab` wrote says what text was counted, and of no blocks.
-            for key, name in (("length", "length"), ("count", "eval_blocks")):
-                size[key] = config.get(name, size[key])
-            text = config.get("eval_data") or config["data"]
-            try:
-                column = config.get("text_column")
-                return None, held_out_blocks(text, tokenizer, text_column=column, **size)
-            except UserError as error:
-                output.line(f"Note    judged by {job.text}, since the text of the record: {error}")
+    if job.eval_data is None and "data" in config:
+        # What `vocab` wrote says what text was counted, and of no blocks.
+        size["length"] = config.get("length", job.length)
+        size["count"] = config.get("eval_blocks", job.eval_blocks)
+        text, column = config.get("eval_data") or config["data"], config.get("text_column")
+        try:
+            return None, held_out_blocks(text, tokenizer, text_column=column, **size)
+        except UserError as error:
+            output.line(f"Note    judged by {job.text}, since the text of the record: {error}")
     spec = job.eval_data or job.text
     return spec, held_out_blocks(spec, tokenizer, text_column=job.text_column, **size)
 

@@ -29,7 +29,7 @@ from nuteprune.train.settings import CALL, declared
 
 J = TypeVar("J", bound=Job)
 
-_STEPS, _EVAL = "pass --steps", "score a checkpoint with nuteprune eval OUT/run/checkpoint-N"
+_STEPS, _EVAL = "pass --steps", "judge the result with nuteprune eval OUT"
 _SHARDED = "pass sharded=true instead, see docs/large-models.md"
 _HUB = "upload the result with hf upload"
 _REFUSED = {

@@ -112,13 +112,6 @@ def print_report(folder: Path, output: Output) -> None:
         output.line(f"Report  none: {error}")
 
 
-def print_results(records: Mapping[Path, dict[str, Any]], output: Output) -> None:
-    """Print tables and a summary for each target, and answers of the highest one."""
-    *_, last = records
-    for folder, record in records.items():
-        print_result(folder, record, output, answers=folder == last)
-
-
 COUNTS_SHOWN = (
     ("parameters", ""),
     ("  in decoder layers", "blocks_"),

@@ -211,18 +211,13 @@ def stored_dtype(model: PreTrainedModel) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else model.dtype
 
 
-def load_tokenizer(
-    model: str,
-    trust_remote_code: bool = False,
-    remedy: str = "read that code, and pass --trust-remote-code if you trust it",
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Args:
         model: as the user named it.
         trust_remote_code: whether Python files that come with the model may be run for it. Models
             themselves never need theirs: only stock classes can be pruned.
-        remedy: what to do where it needs some, and they may not be run.
 
     Raises:
         UserError: if it has none that can be loaded.
@@ -242,7 +237,7 @@ def load_tokenizer(
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise UserError(
                 f"the tokenizer of {model} is Python code that comes with it, and is not run "
-                f"unasked; {remedy}"
+                "unasked; read that code, and pass --trust-remote-code if you trust it"
             ) from error
         here = Path(locate(model))
         if here.is_dir() and not any(x for pattern in TOKENIZERS for x in here.glob(pattern)):
@@ -261,24 +256,6 @@ def load_tokenizer(
             "tokenizer_config.json, or copy its files anew from where they came"
         ) from error
     return tokenizer
-
-
-def same_tokens(tokenizer: PreTrainedTokenizerBase, dense: str, trust_remote_code: bool) -> None:
-    """Refuse a dense model with other tokens, since perplexities per token would not compare.
-
-    Args:
-        tokenizer: of the pruned model.
-        dense: the dense model.
-        trust_remote_code: whether code that comes with its tokenizer may be run.
-
-    Raises:
-        UserError: if its tokenizer is another one.
-    """
-    if load_tokenizer(dense, trust_remote_code).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"--against {dense} has another tokenizer, so perplexities do not compare; pass the "
-            "model that was pruned"
-        )
 
 
 def _in_words(error: Exception, model: str) -> str:

@@ -18,8 +18,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import cache_folder, write_json
 from nuteprune.jobs.guard import check_writable
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.sources import pick_device, pick_dtype
-from nuteprune.jobs.timing import TRANSFORMERS, measure, pick_engine, write_speed
+from nuteprune.jobs.timing import Computing, measure, write_speed
 from nuteprune.judge.bench import PASSES, hardware_of, say_ratio
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.work import Workload
@@ -35,10 +34,10 @@ MISSED = 0.95
 
 
 def write_table(
-    path: Path, model: PreTrainedModel, setting: Workload, device: str, dtype: torch.dtype
+    path: Path, model: PreTrainedModel, setting: Workload, how: Computing
 ) -> dict[str, Any]:
     """Measure what the blocks of a model cost, and write the table."""
-    table = cost_table(model, setting, device, dtype)
+    table = cost_table(model, setting, how.device, how.dtype)
     write_json(path, table)
     return table
 
@@ -71,11 +70,10 @@ def costs_for(
             "a speedup in a run of several processes needs one table for all: measure it with "
             "nuteprune bench MODEL --save-costs FILE, and pass --costs FILE"
         )
-    device, anatomy = pick_device(job.device), Anatomy(model)
-    dtype = pick_dtype(job.dtype, device)
+    how, anatomy = Computing.asked(job.device, job.dtype), Anatomy(model)
     what = (
         platform.node(),  # CPUs do not say what they are
-        *(torch.__version__, hardware_of(device), dtype, torch.get_num_threads(), at),
+        *(torch.__version__, hardware_of(how.device), how.dtype, torch.get_num_threads(), at),
         *(anatomy.family.model_type, anatomy.head_dim, anatomy.shape),
         anatomy.embedding.weight.shape[0],
     )
@@ -87,7 +85,7 @@ def costs_for(
         with FileLock(path.with_name(f".{path.name}.lock")):  # two runs would time each other
             if not path.is_file():
                 bars.update("timing blocks", 0, 1)
-                write_table(path, model, setting, device, dtype)
+                write_table(path, model, setting, how)
                 bars.update("timing blocks", 1, 1)
     return read_table(str(path))
 
@@ -96,43 +94,39 @@ def measure_beside(
     job: PruneJob, folder: Path, setting: Workload, output: Output
 ) -> dict[str, Any]:
     """Measure a job's checkpoint beside the dense model, and keep what is found for its report."""
-    engine = pick_engine(TRANSFORMERS, job.device, job.dtype)
+    how = Computing.asked(job.device, job.dtype)
     with output.bars() as bars:
-        speed = measure([str(folder.absolute()), job.dense], [setting], PASSES, engine, bars)
+        speed = measure([str(folder.absolute()), job.dense], [setting], PASSES, how, bars)
     write_speed(folder / RUN / SPEED, speed)
     return speed
 
 
-def judge_speed(
-    job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output
-) -> dict[Path, dict[str, Any]]:
-    """Measure checkpoints with a target speed, as `bench` does; returns folder -> `speedup`.
+def judge_speed(job: PruneJob, records: Mapping[Path, dict[str, Any]], output: Output) -> None:
+    """Measure checkpoints with a target speed, as `bench` does, and add `speedup` to their records.
 
     Args:
         job: the job.
         records: folder -> record of each checkpoint that is to be fast.
         output: prints.
     """
-    found: dict[Path, dict[str, Any]] = {}
     for folder, record in records.items():
         asked = record["asked"]
         speed = measure_beside(job, folder, Workload(*moment(asked["at"])), output)
-        ratio = speed["settings"][0]["speedup"][asked["for"]]
+        record["speedup"] = speed["settings"][0]["speedup"]
+        ratio = record["speedup"][asked["for"]]
         output.line(
             f"Speed   {asked['for']} at {asked['at']}: {say_ratio(ratio)}; passes in pairs give "
             f"{ratio['low']:.2f} to {ratio['high']:.2f}, and {asked['value']:g} x was asked for"
         )
-        found[folder] = speed["settings"][0]["speedup"]
-    return found
 
 
-def check_speed(record: Mapping[str, Any], speedup: Mapping[str, Any]) -> None:
+def check_speed(record: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is slower than was asked for.
 
     Raises:
         RunFailed: if the whole spread lies below `MISSED` times the target.
     """
-    asked, ratio = record["asked"], speedup[record["asked"]["for"]]
+    asked, ratio = record["asked"], record["speedup"][record["asked"]["for"]]
     if ratio["high"] < MISSED * asked["value"]:
         raise RunFailed(
             f"the target was missed: {asked['for']} is {ratio['low']:.2f} to {ratio['high']:.2f} x "

@@ -21,7 +21,6 @@ Retention = dict[str, float | None]
 LABELS = ("model", "dense")
 """What tables call MODEL and the one after --against."""
 MEAN: Final = "mean"
-REPEAT: Final = "repeat"
 
 _TITLES: Final[Mapping[str | None, str]] = {
     IN_DOMAIN: "In-domain text (of sources that the model was calibrated on)",
@@ -41,7 +40,6 @@ class Verdicts:
         perplexity: model -> text -> perplexity.
         copying: model -> how well it copies from its context, where that can be measured.
         tasks: model -> task -> score.
-        midway: model -> sparsity of its masks, of models in the middle of a run.
         retention: `perplexity`, `copying` and `tasks` -> text or task -> percent; see `compare`.
         flips: task -> questions that one model has right and the other wrong; see `compare`.
         beside: what `judge_beside` says of the first model; empty: not judged.
@@ -53,7 +51,6 @@ class Verdicts:
     perplexity: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     copying: dict[str, Copying] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
-    midway: dict[str, float] = dataclasses.field(default_factory=dict)
     flips: dict[str, Flips] = dataclasses.field(default_factory=dict)
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     retention: dict[str, Retention] = dataclasses.field(default_factory=dict)
@@ -67,7 +64,7 @@ class Verdicts:
         copied = [self.copying[name] for name in (model, dense) if name in self.copying]
         if len(copied) == 2 and _alike(copied):
             shares = (x.percent for x in copied)
-            self.retention["copying"] = {REPEAT: retention(*shares, higher_is_better=True)}
+            self.retention["copying"] = {"repeat": retention(*shares, higher_is_better=True)}
         if self.tasks:
             mine, of_dense = self.tasks[model], self.tasks[dense]
             pairs = {task: (score, of_dense[task]) for task, score in mine.items()}
@@ -101,7 +98,6 @@ class Verdicts:
             "retention": self.retention,
             "retention_stderr": self.retention_stderr,
             "flips": {task: found._asdict() for task, found in self.flips.items()},
-            "midway_sparsity": self.midway,
             **self.beside,
         }
 
@@ -109,8 +105,7 @@ class Verdicts:
         """Print tables, each with how its figures came about."""
         names = list(self.perplexity or self.tasks or self.copying)
         for label, name in zip(LABELS, names, strict=False):
-            step = f", midway: masks at {self.midway[name]:.2%}" if name in self.midway else ""
-            output.line(f"{label}: {name}{step}")
+            output.line(f"{label}: {name}")
         for kind, title in _TITLES.items():
             texts = [name for name, x in self.blocks.items() if x.described.get("kind") == kind]
             if texts and self.perplexity:
@@ -140,7 +135,7 @@ class Verdicts:
         found = list(self.copying.values())
         row = ["tokens right", *(f"{x.percent:.1f} %" for x in found)]
         known = self.retention.get("copying")
-        kept = None if known is None else [_percent(known[REPEAT])]
+        kept = None if known is None else [_percent(known["repeat"])]
         columns = ["", *LABELS[: len(found)]]
         _table(output, "Copying from context, higher is better", columns, [row], kept)
         how = found[0].protocol

@@ -154,8 +154,13 @@ def _chosen(job: Job, keep: int | str, output: Output) -> tuple[Cutter, Smaller,
     merges_of(tokenizer)  # refuses what cannot be cut, before weights are read
     model = load_model(job.model, torch.bfloat16, exact=True)
     anatomy = Anatomy(model)
-    merges = merges_of(tokenizer, anatomy.embedding.weight.shape[0])
-    _check_rows(job, merges, anatomy)
+    rows = anatomy.embedding.weight.shape[0]
+    merges = merges_of(tokenizer, rows)
+    if (last := max(merges.all_ids.values())) >= rows:
+        raise UserError(
+            f"the tokenizer of {job.model} has tokens up to number {last}, the embedding only "
+            f"{rows} rows: it belongs to another checkpoint"
+        )
     _tell_unknown(anatomy, output)
     needed = _needed(anatomy, tokenizer)
     if isinstance(keep, int):  # refused before text is written, if it cannot be
@@ -190,15 +195,6 @@ def asked_for(job: Job, keep: int | str) -> dict[str, Any]:
     column = {"text_column": job.text_column} if job.text_column is not None else {}
     length = {"length": job.length} if job.length != VocabJob.length else {}
     return {"model": job.model, "data": job.specs, "keep": keep, **column, **length}
-
-
-def _check_rows(job: Job, merges: Merges, anatomy: Anatomy) -> None:
-    last, rows = max(merges.all_ids.values()), anatomy.embedding.weight.shape[0]
-    if last >= rows:
-        raise UserError(
-            f"the tokenizer of {job.model} has tokens up to number {last}, the embedding only "
-            f"{rows} rows: it belongs to another checkpoint"
-        )
 
 
 def _needed(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase) -> set[int]:

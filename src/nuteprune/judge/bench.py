@@ -18,11 +18,8 @@ from nuteprune.judge.work import Work, Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name
 
-GOOD = 0.9
-"""Share of the bound that counts as reached."""
 PASSES = 5
 """Fewer passes than this tell nothing of a difference."""
-_EASY_MULTIPLE = 128  # matrix sizes that kernels of all kinds tile evenly
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,15 @@ def time_once(model: PreTrainedModel, setting: Workload) -> Timing:
     vocabulary = Anatomy(model).embedding.weight.shape[0]
     size, random = (setting.batch_size, setting.length), torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(vocabulary, size, generator=random).to(model.device)
-    started = _now(model)
+    started = now(model)
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     key = cache_name(output)
     next_B1 = output.logits[:, -1:].argmax(-1)
-    known = _now(model)
+    known = now(model)
     for _ in range(setting.new_tokens):
         output = model(input_ids=next_B1, use_cache=True, logits_to_keep=1, **{key: output[key]})
         next_B1 = output.logits[:, -1:].argmax(-1)
-    return Timing(known - started, _now(model) - known)
+    return Timing(known - started, now(model) - known)
 
 
 def hardware_of(device: torch.device | str) -> str:
@@ -68,7 +65,7 @@ def hardware_of(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _now(model: PreTrainedModel) -> float:
+def now(model: PreTrainedModel) -> float:
     """Return the time, in seconds, when the model's device has done what it was told."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
@@ -169,35 +166,19 @@ def say_ratio(ratio: Mapping[str, Any]) -> str:
 
 
 def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -> list[str]:
-    """Return what to say where a model measured slower, or faster but below its bound.
+    """Return what to say where a model measured slower, though there is less work.
 
     Args:
         comparisons: of each setting, from `compare`.
         work: the model's.
     """
     lines = []
-    for phase, why in (
-        ("prefill", "attention within the prompt, norms and many small operations"),
-        ("decode", "attention over the context, norms and the calls of many small operations"),
-    ):
+    for phase in ("prefill", "decode"):
         ratios = [found[phase] for found in comparisons]
-        slower = [x["median"] for x in ratios if x["verdict"] == "slower"]
-        reached = [x["reached"] for x in ratios if x["reached"] is not None]
-        if slower:
+        if slower := [x["median"] for x in ratios if x["verdict"] == "slower"]:
             lines.append(
-                f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: less work "
-                "takes longer, so kernels do not suit the sizes that are left"
+                f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: kernels do "
+                f"not suit the sizes that are left, neurons in multiples of {work.neurons}; most "
+                "suit --set neuron_multiple=128"
             )
-        if min(reached, default=GOOD) < GOOD:
-            lines.append(
-                f"{phase} reaches {min(reached):.0%} of its bound at worst: time goes into what "
-                f"does not shrink ({why}), the more so the smaller the model"
-            )
-    if lines and work.neurons % _EASY_MULTIPLE == 0:
-        lines.append(f"neuron counts are multiples of {work.neurons}: no larger one would help")
-    elif lines:
-        lines.append(
-            f"neuron counts are multiples of {work.neurons}; prune with --set neuron_multiple="
-            f"{_EASY_MULTIPLE}: kernels tile such matrices evenly"
-        )
     return lines

@@ -25,7 +25,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import unfilled
 from nuteprune.gates.costs import PHASES, SCHEMA
-from nuteprune.judge.bench import PASSES, hardware_of, time_once
+from nuteprune.judge.bench import PASSES, hardware_of, now, time_once
 from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
@@ -110,12 +110,9 @@ def watched(anatomy: Anatomy) -> Iterator[Times]:
 
 
 def _now(anatomy: Anatomy) -> float:
-    kind = anatomy.model.device.type
-    if kind == "cuda":
-        torch.cuda.synchronize(anatomy.model.device)
     # A single thread's own time is not lengthened by what else the machine does.
-    alone = kind == "cpu" and torch.get_num_threads() == 1
-    return time.thread_time() if alone else time.perf_counter()
+    alone = anatomy.model.device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time() if alone else now(anatomy.model)
 
 
 def cost_table(

@@ -199,13 +199,11 @@ def _needing_data() -> Iterator[None]:
 
 def _asking_nobody_else() -> AbstractContextManager[Any]:
     """Keep the harness from asking git and the system for facts for its log."""
-    from unittest.mock import patch
+    from unittest.mock import Mock, patch
 
     from lm_eval import evaluator
 
-    def nothing(*_: Any) -> None:
-        return None
-
+    nothing = Mock(return_value=None)
     # Versions of the harness that lack one of them do without.
     return patch.multiple(evaluator, create=True, get_git_commit_hash=nothing, add_env_info=nothing)
 

@@ -5,11 +5,11 @@ Shape suffixes: N blocks, T tokens of a block.
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,26 +42,13 @@ class Blocks:
     described: Mapping[str, object]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a text.
-
-    Args:
-        read: starts reading them.
-        fingerprint: of the text's source, as far as it was read.
-    """
-
-    read: Callable[[], Iterable[str]]
-    fingerprint: Fingerprint
-
-
 def rows_of(
     spec: str,
     *,
     whole: bool = False,
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> dict[str, Rows]:
+) -> dict[str, Documents]:
     """Find the rows of a text, the empty ones too.
 
     Args:
@@ -71,7 +58,8 @@ def rows_of(
         tokenizer: renders rows of chat messages.
 
     Returns:
-        Source name -> its rows.
+        Source name -> its documents, to be read as they are; their fingerprint is of all that is
+        read of the source.
 
     Raises:
         UserError: if there is no such text, or (when read) it cannot be read.
@@ -79,7 +67,7 @@ def rows_of(
     name, is_copy, path = spec.partition("=")
     if spec in TEXTS:
         published = Documents(spec, partial(_hub_rows, spec), _published(spec))
-        return {spec: Rows(published.rows, published.fingerprint)}
+        return {spec: Documents(spec, published.rows, published.fingerprint)}
     if is_copy and name in TEXTS:
         text = TEXTS[name]
         files = local_files(path)
@@ -96,10 +84,11 @@ def rows_of(
             )
         (copy,) = found.values()
         copy.fingerprint.update(_published(name))
-        return {name: Rows(lambda: itertools.islice(copy.rows(), text.rows), copy.fingerprint)}
+        first = Documents(name, lambda: islice(copy.rows(), text.rows), copy.fingerprint)
+        return {name: first}
     sources = iter_documents(spec, text_column=text_column, tokenizer=tokenizer)
     return {
-        name: Rows(x.rows if whole else partial(_held_out, name, x), x.fingerprint)
+        name: Documents(name, x.rows if whole else partial(_held_out, name, x), x.fingerprint)
         for name, x in sources.items()
     }
 

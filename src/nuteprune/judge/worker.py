@@ -12,10 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from nuteprune import memory
@@ -26,55 +25,29 @@ from nuteprune.judge.work import Work, Workload
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """Facts of a model and of the program that runs it.
+    """Facts of a loaded model, and of what it runs on.
 
     Args:
         work: what it has to move and multiply.
-        positions: tokens of a sequence that it can take; None: any.
-        engine: name and version.
-        attention: the kind that the engine uses.
+        attention: transformers' name of its implementation.
         threads: of a CPU.
         hardware: the accelerator's name, or `CPU`.
     """
 
     work: Work
-    positions: int | None
-    engine: str
     attention: str
     threads: int
     hardware: str
 
-
-class Runner(Protocol):
-    """A loaded model that can be timed; there is one class for each engine."""
-
-    about: About
-
-    def time(self, setting: Workload) -> Timing:
-        """Time one pass of random tokens."""
-
-
-class TorchRunner:
-    """A model in plain transformers.
-
-    Args:
-        model: a causal LM, on its device.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self.about = About(
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> About:
+        """Look at a model, on its device."""
+        return cls(
             Work.of(model),
-            getattr(model.config, "max_position_embeddings", None),
-            f"transformers {transformers.__version__}",
             str(model.config._attn_implementation),
             torch.get_num_threads(),
             hardware_of(model.device),
         )
-
-    def time(self, setting: Workload) -> Timing:
-        """Time one pass of random tokens."""
-        return time_once(self._model, setting)
 
 
 class Worker(AbstractContextManager["Worker"]):
@@ -82,14 +55,14 @@ class Worker(AbstractContextManager["Worker"]):
 
     Args:
         name: what the model is called in messages.
-        load: loads the model into its engine; it is sent to the process, so it must be picklable.
+        load: loads the model onto its device; it is sent to the process, so it must be picklable.
 
     Raises:
         UserError: if the model cannot be loaded, when `about` or a time is asked for.
         RunFailed: if the process breaks down.
     """
 
-    def __init__(self, name: str, load: Callable[[], Runner]) -> None:
+    def __init__(self, name: str, load: Callable[[], PreTrainedModel]) -> None:
         self.name = name
         spawn = multiprocessing.get_context("spawn")  # a forked one could not use CUDA
         self._pipe, theirs = spawn.Pipe()
@@ -146,17 +119,17 @@ def _nothing_of_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _serve(pipe: Connection, load: Callable[[], Runner]) -> None:
+def _serve(pipe: Connection, load: Callable[[], PreTrainedModel]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends this process itself
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     try:
-        runner = load()
-        pipe.send(runner.about)
+        model = load()
+        pipe.send(About.of(model))
         while True:
             setting = pipe.recv()
             memory.reset_peak()
-            timing = runner.time(setting)
+            timing = time_once(model, setting)
             pipe.send(dataclasses.replace(timing, peak_memory=memory.peak()))
     except EOFError:
         return
