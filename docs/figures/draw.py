@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nuteprune.judge.drawing import COLOURS
-from nuteprune.judge.plots import sparsity_plot
+import numpy as np
+
+from nuteprune.judge.drawing import COLOURS, dots, finish, legend, new_figure, percent, steps_axis
 from nuteprune.progressive.teachers import Schedule
 
 HERE = Path(__file__).parent
@@ -96,17 +97,23 @@ def roles() -> str:
 def teachers(target: float = 0.2, steps: int = 80) -> str:
     """Return sparsity of student and teacher over a run, by the schedule of the code."""
     schedule = Schedule(target, steps)
-    snapshots: list[float] = []
-    lines = []
+    snapshots = [0.0]  # the dense model's, at index -1 of the schedule's
+    student, teacher = np.zeros(steps), np.zeros(steps)
     for step in range(steps):
-        sparsity = schedule.sparsity(step)
-        teacher = schedule.teacher(step, len(snapshots))
-        lines.append(
-            {"step": step + 1, "sparsity": sparsity, "target": sparsity, "teacher": teacher}
-        )
-        if not schedule.rests(step) and schedule.due(sparsity, snapshots[-1] if snapshots else 0.0):
-            snapshots.append(sparsity)
-    svg = sparsity_plot(lines, snapshots).svg
+        student[step] = schedule.sparsity(step)
+        teacher[step] = snapshots[schedule.teacher(step, len(snapshots) - 1) + 1]
+        if not schedule.rests(step) and schedule.due(student[step], snapshots[-1]):
+            snapshots.append(student[step])
+    at = np.arange(1.0, steps + 1)
+    with new_figure("Sparsity by step", 235) as (figure, axes):
+        axes.plot(at, student, color=COLOURS["blue"], lw=2.4, label="student", **dots(at))
+        axes.plot(at, student, ":", color=COLOURS["ink"], lw=1.2, label="target")
+        axes.step(at, teacher, where="mid", color=COLOURS["orange"], label="its teacher")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda y, _: percent(y, 0))
+        steps_axis(axes)
+        legend(axes)
+    svg = finish("sparsity", "", figure).svg
     colours = "".join(f"--{name}:{value};" for name, value in COLOURS.items())
     ground = "<rect x='-1%' y='-1%' width='102%' height='102%' fill='var(--paper)'/>"
     head, close, rest = svg.partition(">")

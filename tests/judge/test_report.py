@@ -21,7 +21,7 @@ from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
 from nuteprune.judge.drawing import COLOURS, POINTS
 from nuteprune.judge.report import kept_rows, verdict
-from nuteprune.judge.run_files import read_run, teacher_sparsities
+from nuteprune.judge.run_files import read_run
 from tests.export.test_card import BESIDE
 from tests.undrawn import leave_blank
 
@@ -532,15 +532,11 @@ def test_kv_heads_are_shown_where_they_tell_more_than_heads() -> None:
     assert [row.name for row in kept_rows(record)] == ["heads", "KV heads", "neurons"]
 
 
-def test_teachers_come_from_the_record_else_from_the_steps(tmp_path: Path) -> None:
-    finished = read_run(a_run(tmp_path / "a", a_record(), some_steps()))
-    assert teacher_sparsities(finished) == [0.05, 0.1]
-    unfinished = read_run(a_run(tmp_path / "b", None, some_steps()))
-    assert teacher_sparsities(unfinished) == [0.1, 0.2]
+def test_a_model_without_a_teacher_is_told_of_none(tmp_path: Path) -> None:
     steps = [{k: v for k, v in m.items() if k != "token_kl"} for m in some_steps()]
-    untaught = a_run(tmp_path / "c", a_record(), steps)
-    assert teacher_sparsities(read_run(untaught)) is None
-    assert "teacher" not in page_of(untaught).text.lower().replace("numerous teachers", "")
+    untaught = a_run(tmp_path / "c", a_record(teachers={"count": 0, "sparsities": []}), steps)
+    assert "its teacher" not in page_of(untaught).text
+    assert "its teacher" in page_of(a_run(tmp_path / "a", a_record(), some_steps())).text
 
 
 def test_of_several_targets_each_has_its_own_run(tmp_path: Path) -> None:
@@ -575,7 +571,7 @@ def test_the_run_folder_will_do_and_writing_leaves_nothing_else(tmp_path: Path) 
         *("metrics.jsonl", "report.html", "plots"),
     }
     pictures = {path.name: path.read_bytes() for path in (folder / "run/plots").iterdir()}
-    assert set(pictures) == {f"{x}.png" for x in ("layers", "loss", "perplexity", "sparsity")}
+    assert set(pictures) == {f"{x}.png" for x in ("layers", "loss", "perplexity")}
     assert all(content.startswith(b"\x89PNG\r\n") for content in pictures.values())
 
 
@@ -636,9 +632,7 @@ def test_plots_go_into_the_place_that_the_card_keeps(tmp_path: Path) -> None:
         write_report(folder)
         written = (folder / "README.md").read_text()
         images = re.findall(r"!\[.+\]\((.+)\)", written)
-        assert sorted(images) == [
-            f"run/plots/{x}.png" for x in ("layers", "loss", "perplexity", "sparsity")
-        ]
+        assert sorted(images) == [f"run/plots/{x}.png" for x in ("layers", "loss", "perplexity")]
         assert all((folder / image).is_file() for image in images)
         assert written.endswith("\nA sentence of mine.\n")
     (folder / "README.md").write_text("# My own card\n")

@@ -24,7 +24,6 @@ from nuteprune.judge.drawing import (
     finish,
     legend,
     new_figure,
-    percent,
     plain,
     steps_axis,
     thinned,
@@ -52,41 +51,6 @@ class LayerRow:
         """Layer -> share that it kept, of layers that had something to keep."""
         pairs = zip(self.kept, self.before, strict=True)
         return {layer: kept / before for layer, (kept, before) in enumerate(pairs) if before}
-
-
-def sparsity_plot(metrics: Sequence[Mapping[str, Any]], teachers: Sequence[float] | None) -> Plot:
-    """Draw the sparsity of student and teacher, and the target, over the steps.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-        teachers: sparsity of each teacher by index, the dense model (-1) having 0; None if the
-            student had no teacher at all.
-    """
-    step = column(metrics, "step")
-    student, target = column(metrics, "sparsity"), column(metrics, "target")
-    alt = (
-        f"Line chart over {step[-1]:.0f} steps. The student's sparsity goes from "
-        f"{percent(student[0], 1)} to {percent(student[-1], 1)}, the target is "
-        f"{percent(target[-1], 1)}"
-    )
-    with new_figure("Sparsity by step", 235) as (figure, axes):
-        blue, orange = COLOURS["blue"], COLOURS["orange"]
-        axes.plot(*thinned(step, student), color=blue, lw=2.4, label="student", **dots(step))
-        axes.plot(*thinned(step, target), ":", color=COLOURS["ink"], lw=1.2, label="target")
-        if teachers is not None:
-            teacher = _by_index(teachers, column(metrics, "teacher"))
-            line = thinned(step, teacher)
-            axes.step(*line, where="mid", color=orange, label="its teacher", **dots(step))
-            alt += (
-                f"; its teacher's is {percent(np.nanmax(teacher, initial=0), 1)} at most and "
-                f"{percent(teacher[-1], 1)} at the end"
-            )
-        axes.set_ylim(bottom=0)
-        digits = 0 if axes.get_ylim()[1] > 0.04 else 1
-        axes.yaxis.set_major_formatter(lambda y, _: percent(y, digits))
-        steps_axis(axes)
-        legend(axes)
-    return finish("sparsity", f"{alt}.", figure)
 
 
 def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot:
@@ -172,13 +136,6 @@ def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> 
 
 
 # -- parts of drawings
-
-
-def _by_index(teachers: Sequence[float], index: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sparsity of the teacher at each step, nan where it is not known."""
-    known = np.array([*teachers, 0.0])  # the last is found at index -1, the dense model's
-    usable = np.isfinite(index) & (index >= -1) & (index < len(teachers))
-    return np.where(usable, known[np.where(usable, index, -1).astype(int)], np.nan)
 
 
 def _loss_scale(axes: Axes, values: NDArray[np.float64]) -> None:

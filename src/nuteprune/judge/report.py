@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nuteprune.judge import plots
 from nuteprune.judge.drawing import POINTS, THIN, Plot, count, duration, number, percent, size
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.plots import LayerRow
-from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run, teacher_sparsities
+from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run
 from nuteprune.model.shape import MLP_COUNTS, SAID
 from nuteprune.run_folder import CARD, REPORT
 
@@ -69,8 +69,6 @@ def _drawn(files: RunFiles) -> Iterator[Plot]:
         if before:
             yield plots.perplexity_plot(before, after)
         yield plots.layers_plot(kept_rows(files.record))
-    if pruning_steps(files) and _ramped(files.metrics):  # else a level line
-        yield plots.sparsity_plot(files.metrics, teacher_sparsities(files))
     if files.metrics:
         yield plots.loss_plot(files.metrics)
 
@@ -124,18 +122,12 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         rows=kept_rows(record) if record else [],
         files=files,
         last=files.metrics[-1] if files.metrics else None,
-        teachers=teacher_sparsities(files),
+        taught=any("token_kl" in line for line in files.metrics),
         plots=drawn,
         points=POINTS,
         commands=commands,
         recipe=recipe,
     )
-
-
-def _ramped(metrics: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether sparsity grew during the steps; it may have been there from the first on."""
-    reached = [line["sparsity"] for line in metrics if line.get("sparsity") is not None]
-    return bool(reached and reached[0] < reached[-1] - 1e-3)
 
 
 def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:

@@ -100,24 +100,6 @@ def pruning_steps(files: RunFiles) -> bool:
     return bool(files.metrics) and "sparsity" in files.metrics[-1]
 
 
-def teacher_sparsities(files: RunFiles) -> list[float] | None:
-    """Return the sparsity of each teacher, from the record, else from the steps that made them.
-
-    None if the student learned from no teacher at all, not even the dense model.
-    """
-    if not any("token_kl" in line for line in files.metrics):
-        return None
-    recorded = (files.record or {}).get("teachers", {}).get("sparsities")
-    if recorded is not None:
-        return [float(s) for s in recorded]
-    found: list[float] = []
-    for line in files.metrics:
-        missing = int(line.get("teachers", 0)) - len(found)
-        if missing > 0:  # of several between two logged steps, only the last one's is known
-            found += [float("nan")] * (missing - 1) + [float(line["sparsity"])]
-    return found
-
-
 def _highest_target(root: Path) -> Path | None:
     """Return the checkpoint of the highest target in a folder of several; None: of none."""
     found = [x.parent for name in TARGETS for x in root.glob(f"{name}*/{RECORD}")]
