@@ -16,6 +16,7 @@ from nuteprune.jobs import minutes, vocab
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.minutes import FEWEST, Rates, seconds_of, within_minutes
 from nuteprune.run_folder import RUN, SETTINGS
+from tests.undrawn import leave_blank
 from tests.unplanned import leave_unplanned
 
 TINY = ("--length", 16, "--batch-size", 2, "--set", "neuron_multiple=8", "--set", "eval_blocks=8")
@@ -35,9 +36,10 @@ def test_what_is_no_time_is_refused(said: str) -> None:
 
 
 @pytest.fixture
-def pruned(run: Any, tiny_inputs: Any, tmp_path: Path) -> Any:
+def pruned(run: Any, tiny_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Prunes the tiny model; returns code, stderr and record."""
     model, text = tiny_inputs
+    leave_blank(monkeypatch.setattr)
 
     def call(out: str, *args: Any, **_: Any) -> tuple[int, str, dict[str, Any]]:
         common = ("--data", text, "--sparsity", 0.2, "--out", tmp_path / out, "--json", *TINY)
