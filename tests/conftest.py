@@ -35,9 +35,10 @@ QUICK = 0.05
 STARTS_PYTHON = ("slow", "network", "clients", "hard")
 """Markers of tests that may start interpreters, which import for seconds."""
 
-# A busy machine has no deadlines. Of make check; the default is 100 examples.
+# A busy machine has no deadlines. Of make check, make test and make test-hard.
 settings.register_profile("quick", max_examples=20, deadline=None)
-settings.register_profile("suite", deadline=None)
+settings.register_profile("suite", max_examples=50, deadline=None)
+settings.register_profile("hard", max_examples=100, deadline=None)
 settings.load_profile("suite")
 
 
