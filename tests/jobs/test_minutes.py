@@ -76,7 +76,7 @@ def test_a_slower_machine_reads_less_before_the_first_step(
 def test_a_run_is_repeated_from_its_record_without_a_clock(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    use_rates(monkeypatch, 0.3)
+    use_rates(monkeypatch, 1.8)
     code, said, record = pruned("timed", "--minutes", 4)
     assert code == 0, said
     config = record["config"]
@@ -94,7 +94,7 @@ def test_a_run_is_repeated_from_its_record_without_a_clock(
 def test_a_run_goes_on_with_the_plan_that_it_began_with(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    use_rates(monkeypatch, 0.3)
+    use_rates(monkeypatch, 1.8)
     code, said, record = pruned("out", "--minutes", 4)
     assert code == 0, said
     before = json.loads((tmp_path / "out" / RUN / SETTINGS).read_text())
@@ -108,14 +108,14 @@ def test_a_run_goes_on_with_the_plan_that_it_began_with(
 def test_the_steps_fill_the_time_that_is_left(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a step of a second, 100 s less what judging takes are some hundred steps."""
+    """With a step of four seconds, 100 s less what judging takes are some 25 steps."""
     monkeypatch.setattr(minutes, "_measured", lambda _: Rates(0.3, 0.001))
-    monkeypatch.setattr(minutes, "seconds_per_step", lambda *_, **__: 1.0)
+    monkeypatch.setattr(minutes, "seconds_per_step", lambda *_, **__: 4.0)
     code, said, record = pruned("out", "--minutes", "100s")
     assert code == 0, said
     spent = sum(x["seconds"] for name, x in record["stages"].items() if name != "teach")
     steps = record["config"]["max_steps"]
-    assert 100 - 2 * spent - 40 < steps <= 100  # the rest of the time is spent on loading
+    assert 100 - 2 * spent - 40 < 4 * steps <= 100  # the rest of the time is spent on loading
 
 
 def test_too_little_time_is_refused_with_what_is_needed(
