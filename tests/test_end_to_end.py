@@ -34,7 +34,7 @@ from nuteprune.train.setup import make_allocator
 from tests.conftest import json_line
 from tests.forked import python, workers
 
-pytestmark = [pytest.mark.network, pytest.mark.slow(60)]
+pytestmark = [pytest.mark.network, pytest.mark.slow(25)]
 
 SMALL = {
     "calibration_blocks": 2,

@@ -22,7 +22,7 @@ from nuteprune.processes import Team
 
 from .forked import Ended, Forked, python, ranks
 
-pytestmark = pytest.mark.slow(10)
+pytestmark = pytest.mark.slow(4)
 
 OPTIONS = ["--sparsity", "0.3", "--length", "16", "--device", "cpu", "--dtype", "float32"]
 SETTINGS = {

@@ -73,6 +73,7 @@ def test_a_slower_machine_reads_less_before_the_first_step(
     assert "max_steps" not in record
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_record_without_a_clock(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_run_is_repeated_from_its_record_without_a_clock(
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_plan_that_it_began_with(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_a_run_goes_on_with_the_plan_that_it_began_with(
     assert again["config"] == record["config"]
 
 
+@pytest.mark.slow
 def test_the_steps_fill_the_time_that_is_left(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -178,6 +181,7 @@ def test_two_words_on_how_long_contradict(pruned: Any, more: tuple[Any, ...], wh
     assert why in said
 
 
+@pytest.mark.slow
 def test_cutting_the_vocabulary_is_part_of_the_time(
     pruned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -689,6 +689,7 @@ def test_the_disk_of_a_device_has_none_of_what_cpus_alone_write(
     assert f"Disk    {megabytes(kept)}; main memory" in capsys.readouterr().out
 
 
+@pytest.mark.slow(seconds=3)
 def test_settings_that_take_less_are_planned_as_if_asked_for(tmp_path: Path) -> None:
     less, few = {"gradient_checkpointing": True}, config(num_hidden_layers=2)
     plain = Plan.of(few, settings(tmp_path), 96, torch.float32)
