@@ -27,7 +27,7 @@ test-clients: $(STAMP) ## load exported models in other programs
 	$(PYTEST) -m clients $(ARGS)
 
 test-hard: $(STAMP) ## long fault-injection and soak tests, and families that `make test` leaves out
-	$(PYTEST) $(PARALLEL) -m hard $(ARGS)
+	$(PYTEST) $(PARALLEL) --hypothesis-profile=hard -m hard $(ARGS)
 
 # Idle threads sleep: tiny models on few cores otherwise spend their time spinning.
 check test test-clients test-hard: export OMP_WAIT_POLICY ?= PASSIVE

@@ -35,18 +35,26 @@ QUICK = 0.05
 STARTS_PYTHON = ("slow", "network", "clients", "hard")
 """Markers of tests that may start interpreters, which import for seconds."""
 
-# A busy machine has no deadlines. Of make check; the default is 100 examples.
+# A busy machine has no deadlines. Of make check, make test and make test-hard.
 settings.register_profile("quick", max_examples=20, deadline=None)
-settings.register_profile("suite", deadline=None)
+settings.register_profile("suite", max_examples=50, deadline=None)
+settings.register_profile("hard", max_examples=100, deadline=None)
 settings.load_profile("suite")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Import the tests; bitsandbytes would load torch's compiler meanwhile, for a second."""
+    """Import the tests; bitsandbytes would load torch's compiler meanwhile, for a second.
+
+    What is imported is no garbage: looking for some in it would take a third of the time.
+    """
+    gc.disable()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return (yield)
+        result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def _seconds_of(mark: pytest.Mark) -> float:
@@ -83,6 +91,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             patch.setattr(subprocess.Popen, "__init__", start)
             patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
         return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disks_are_not_waited_for() -> Generator[None]:
+    """Leave writing to the system: no test cuts the power, and waiting is a tenth of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

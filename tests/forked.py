@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,6 +107,32 @@ class Forked:
         return Ended(code, *texts)
 
 
+def piped(parts: Sequence[str], **_: Any) -> SimpleNamespace:
+    """Stand in for `subprocess.Popen` where it starts Python with pipes of text.
+
+    Args:
+        parts: the interpreter, which is not started, and what follows.
+    """
+    their_in, our_out = server().Pipe(duplex=False)
+    our_in, their_out = server().Pipe(duplex=False)
+    theirs = (their_in, their_out, Connection(os.dup(2)))
+    process = server().Process(target=_talk, args=(theirs, list(parts[1:]), dict(os.environ)))
+    process.start()
+    for end in theirs:
+        end.close()
+
+    def wait() -> int | None:
+        process.join()
+        return process.exitcode
+
+    writing, reading = (
+        os.fdopen(os.dup(x.fileno()), y) for x, y in ((our_out, "w"), (our_in, "r"))
+    )
+    our_out.close()
+    our_in.close()
+    return SimpleNamespace(stdin=writing, stdout=reading, wait=wait)
+
+
 def python(*arguments: object, processes: int | None = None, **environment: str) -> Ended:
     """Run Python to its end.
 
@@ -118,17 +145,17 @@ def python(*arguments: object, processes: int | None = None, **environment: str)
         The first exit code that is not 0, and all that was printed.
     """
     with TemporaryDirectory() as name:
-        ranks = [{}] if processes is None else _ranks(processes)
+        places = [{}] if processes is None else ranks(processes)
         started = []
-        for number, rank in enumerate(ranks):
+        for number, place in enumerate(places):
             (folder := Path(name) / str(number)).mkdir()
-            started.append(Forked(arguments, folder, **rank, **environment))
+            started.append(Forked(arguments, folder, **place, **environment))
         ended = [process.wait() for process in started]
     code = next((x.code for x in ended if x.code), 0)
     return Ended(code, "".join(x.out for x in ended), "".join(x.err for x in ended))
 
 
-def _ranks(count: int) -> list[dict[str, str]]:
+def ranks(count: int) -> list[dict[str, str]]:
     """Return what torchrun tells each of its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -137,12 +164,24 @@ def _ranks(count: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
 
 
+def _talk(ends: Sequence[Connection], words: list[str], environment: dict[str, str]) -> None:
+    for number, end in enumerate(ends):
+        os.dup2(end.fileno(), number)
+    sys.stdin = os.fdopen(0, closefd=False)
+    _do(words, environment)
+
+
 def _become(words: list[str], folder: str, environment: dict[str, str]) -> None:
+    for number, name in enumerate(OUTPUTS, start=1):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY), number)
+    _do(words, environment)
+
+
+def _do(words: list[str], environment: dict[str, str]) -> None:
     """Do in this process what `python` would do with these words."""
     os.environ.clear()
     os.environ.update(environment)
-    for number, name in enumerate(OUTPUTS, start=1):
-        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY), number)
+    os.fsync = lambda _: None  # as of `disks_are_not_waited_for`
     import torch
 
     gc.freeze()  # the libraries are no garbage, which Trainer would look for in them

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,11 +28,13 @@ from nuteprune.judge.work import Workload
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.stages import judge
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
 from tests.conftest import json_line
+from tests.forked import python, workers
 
-pytestmark = [pytest.mark.network, pytest.mark.slow(60)]
+pytestmark = [pytest.mark.network, pytest.mark.slow(25)]
 
 SMALL = {
     "calibration_blocks": 2,
@@ -78,9 +80,11 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     monkeypatch.setattr(copying_losses, "LENGTH", 16)
     monkeypatch.setattr(context, "SEQUENCES", 2)
     monkeypatch.setattr(demo, "TIMED", Workload(batch_size=1, length=16, new_tokens=2))
-    monkeypatch.setattr(
-        pipeline, "judge_beside", partial(pipeline.judge_beside, tokens=2, blocks=3)
-    )
+    monkeypatch.setattr(run, "judge_beside", partial(run.judge_beside, tokens=2, blocks=3))
+    monkeypatch.setattr(judge, "make_prompts", partial(judge.make_prompts, count=4))
+    # tests/judge/test_bench.py starts interpreters for models that are timed.
+    contexts = SimpleNamespace(get_context=lambda _: workers())
+    monkeypatch.setattr("nuteprune.judge.worker.multiprocessing", contexts)
     with pytest.raises(SystemExit) as stopped:
         main()
     out, err = capsys.readouterr()
@@ -104,15 +108,9 @@ def test_demo_ends_with_a_smaller_checkpoint_that_strangers_load(
     smaller = saved_bytes - (folder / "model.safetensors").stat().st_size
     assert smaller == pytest.approx(2 * (106_168_320 - blocks), abs=50_000)
 
-    stranger = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    stranger = python("-c", STRANGER, folder)
     expected = f"tied True cache True parameters {counted['total']}"
-    assert expected in stranger.stdout, stranger.stderr
+    assert expected in stranger.out, stranger.err
 
 
 def test_exactness_on_the_real_model(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import python
 
 MOST = 105
 """Modules that a default run loads. The goal is 100: lower it whenever there are fewer."""
@@ -27,13 +26,8 @@ RARE = ("evaluate", "exactness", "family", "plan", "recover", "speed", "timing",
 
 @pytest.mark.slow(20)
 def test_a_default_run_loads_what_it_uses(tiny_inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *tiny_inputs, tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = json.loads(done.stdout.splitlines()[-1])
+    done = python("-c", SCRIPT, *tiny_inputs, tmp_path / "out")
+    assert done.code == 0, done.err
+    loaded = json.loads(done.out.splitlines()[-1])
     assert not {f"nuteprune.jobs.{name}" for name in RARE} & set(loaded)
     assert len(loaded) <= MOST, sorted(loaded)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,9 +20,9 @@ from nuteprune import load_pruned
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.processes import Team
 
-from .forked import Ended, python
+from .forked import Ended, Forked, python, ranks
 
-pytestmark = pytest.mark.slow(10)
+pytestmark = pytest.mark.slow(4)
 
 OPTIONS = ["--sparsity", "0.3", "--length", "16", "--device", "cpu", "--dtype", "float32"]
 SETTINGS = {
@@ -56,9 +52,7 @@ def command(inputs: Inputs, out: Path, **more: Any) -> list[str]:
 def torchrun(*arguments: object) -> Ended:
     """Start two processes with the launcher itself."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    parts = [sys.executable, *launcher, *map(str, arguments)]
-    done = subprocess.run(parts, capture_output=True, text=True, timeout=300)
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return python(*launcher, *arguments)
 
 
 def said(done: Ended) -> str:
@@ -272,34 +266,26 @@ def test_a_machine_that_is_lost_ends_the_others_with_a_line(
 ) -> None:
     places = [tmp_path / "first", tmp_path / "second"]
     long = {"batch_size": 2, "max_steps": 4000, "save_steps": 1000}
-    first, second = begun(places, *REAL, *command(tiny_inputs, Path("out"), **long))
-    metrics = places[0] / "out" / "run" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 5:
-        assert first.poll() is None
-        time.sleep(0.05)
-    lost = psutil.Process(second.pid)
-    for process in (lost, *lost.children(recursive=True)):
-        process.kill()
-    second.communicate()
-    assert "process 0: another process of this run has ended" in first.communicate(timeout=60)[1]
-    assert first.returncode
-
-
-def begun(places: list[Path], *arguments: object) -> list[subprocess.Popen[str]]:
-    """Start a launcher in each folder; they meet at the first one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    asked = ["-c", ON_NODES, *places, *QUICK, *command(tiny_inputs, Path("out"), **long)]
     started = []
-    for number, place in enumerate(places):
-        place.mkdir(exist_ok=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(places))]
-        launcher += ["--nproc_per_node", "1", "--node_rank", str(number)]
-        launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        parts = [*launcher, *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(parts, cwd=place, **pipes))  # type: ignore[call-overload]
-    return started
+    for number, rank in enumerate(ranks(2)):
+        (said := tmp_path / f"said by {number}").mkdir()
+        started.append(Forked(asked, said, **rank))
+    first, second = started
+    reaches(5, places[0] / "out", first)
+    second.send(signal.SIGKILL)
+    ended = first.wait(60)
+    assert ended.code > 0
+    assert "process 0: another process of this run has ended" in ended.err
+    assert second.wait().code == -signal.SIGKILL
+
+
+def reaches(steps: int, out: Path, process: Forked) -> None:
+    """Wait until a run has done so many steps."""
+    metrics = out / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        assert process.running()
+        time.sleep(0.01)
 
 
 def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(
@@ -311,7 +297,7 @@ def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(
     cut = tmp_path / "cut"
     asked = command(tiny_inputs, cut, **long)
     for number, more in ((signal.SIGINT, []), (signal.SIGTERM, ["--resume"])):
-        errors = interrupted([sys.executable, *REAL, *asked, *more], cut, number)
+        errors = interrupted([*QUICK, *asked, *more], cut, number)
         assert "which is saved; go on with the same command and --resume" in errors
         assert not (cut / "config.json").exists()
     said(python(*QUICK, *asked, "--resume"))
@@ -323,16 +309,13 @@ def test_a_signal_saves_and_resume_ends_as_if_never_interrupted(
 
 def interrupted(parts: list[str], out: Path, number: signal.Signals) -> str:
     """Send a run a signal after some steps; return what it says of that."""
-    alone, metrics = os.environ | {"OMP_NUM_THREADS": "1"}, out / "run" / "metrics.jsonl"
-    steps = 5 + (metrics.read_text().count("\n") if metrics.exists() else 0)
-    with subprocess.Popen(parts, env=alone, stderr=subprocess.PIPE, text=True) as process:
-        while not metrics.exists() or metrics.read_text().count("\n") < steps:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        errors = process.communicate()[1]
-    assert process.returncode == 128 + number
-    return errors
+    with TemporaryDirectory() as said:
+        process = Forked(parts, Path(said))
+        reaches(5 + (len(losses(out)) if out.exists() else 0), out, process)
+        process.send(number)
+        ended = process.wait()
+    assert ended.code == 128 + number
+    return ended.err
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

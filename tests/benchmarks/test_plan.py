@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nuteprune.plan import phases
 from tests.scripts import script
 
 plan, tables = script("plan"), script("plan_tables")
@@ -46,6 +47,7 @@ def test_tables_of_large_models(
     small = {**tables.QWEN3, **sizes, "head_dim": 8, "intermediate_size": 192, "vocab_size": 300}
     monkeypatch.setitem(tables.CONFIGS, "small", small)
     monkeypatch.setattr(tables, "LENGTH", 16)
+    monkeypatch.setattr(phases, "FEW_BLOCKS", (3, 6))
     tables.main(["--models", "small", "--json", str(tmp_path / "plans.json")])
     (found,) = json.loads((tmp_path / "plans.json").read_text())
     layer = 2 * 64 * 64 + 2 * 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 8

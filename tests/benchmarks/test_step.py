@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.forked import piped
 from tests.scripts import script
 
 rows, step = (script(x) for x in ("step_rows", "step"))
@@ -58,8 +61,19 @@ def test_adapters_compute_in_the_dtype_asked_for(folder: Path, autocast: bool) -
 
 @pytest.mark.slow
 def test_a_run_ends_with_one_line_and_no_noise(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    started: list[Any] = []
+
+    def start(parts: list[str], **pipes: Any) -> Any:
+        """Start the first row as it is, which tells what an interpreter of its own says."""
+        started.append(piped(parts) if started else subprocess.Popen(parts, **pipes))
+        return started[-1]
+
+    monkeypatch.setattr(step, "subprocess", SimpleNamespace(PIPE=subprocess.PIPE, Popen=start))
     sizes = ["--batch-size", "2", "--length", "8", "--rank", "2", "--device", "cpu"]
     sweep = ["--sweep", "--lengths", "4", "--batch-sizes", "--vocabularies", "--sweep-repeats", "1"]
     out = tmp_path / "step.json"
@@ -84,5 +98,6 @@ def test_a_run_ends_with_one_line_and_no_noise(
             figures["teachers"] / figures["ramp"]
         )
     assert [x["cell"] for x in told["sweep"]] == ["length 4"]
+    assert len(started) == len(rows.ROWS) + len(step.SWEEP_ROWS)
     speed, seconds = told["sweep"][0]["tokens_per_second"], told["sweep"][0]["seconds"]
     assert speed["lora"] == pytest.approx(2 * 4 / seconds["lora"][0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family_file import to_text
+from nuteprune.stages.judge import judge_beside
 from tests.forked import workers
 from tests.undrawn import leave_blank
 from tests.unplanned import leave_unplanned
@@ -36,6 +38,12 @@ def pictures_are_blank(monkeypatch: pytest.MonkeyPatch) -> None:
 def phases_are_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """See tests/unplanned.py."""
     leave_unplanned(monkeypatch.setattr)
+
+
+@pytest.fixture(autouse=True)
+def answers_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that ends, writing them at their usual length takes as long as training."""
+    monkeypatch.setattr("nuteprune.run.judge_beside", partial(judge_beside, tokens=8))
 
 
 @pytest.fixture(scope="module")

@@ -241,6 +241,7 @@ def test_folders_of_any_name_are_written(name: str, model: Path, text: Path, run
     assert code == 0, stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["base_model", "data"])
 def test_records_of_strangers_do_not_steer_the_terminal(
     place: str, workspace: Path, tmp_path: Path, run: Run

@@ -15,6 +15,12 @@ from nuteprune.jobs.job import Job, PruneJob, VocabJob
 from nuteprune.jobs.settings import make_job
 
 
+@pytest.fixture(autouse=True)
+def _cache_with_nothing_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's may hold thousands of files, each of which is one that a job may read."""
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path / "cache"))
+
+
 def test_a_folder_with_the_text_to_judge_by_is_not_overwritten(tmp_path: Path) -> None:
     text = tmp_path / "out" / "eval.txt"
     text.parent.mkdir()

@@ -16,6 +16,7 @@ from nuteprune.jobs import minutes, vocab
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.minutes import FEWEST, Rates, seconds_of, within_minutes
 from nuteprune.run_folder import RUN, SETTINGS
+from tests.undrawn import leave_blank
 from tests.unplanned import leave_unplanned
 
 TINY = ("--length", 16, "--batch-size", 2, "--set", "neuron_multiple=8", "--set", "eval_blocks=8")
@@ -35,9 +36,10 @@ def test_what_is_no_time_is_refused(said: str) -> None:
 
 
 @pytest.fixture
-def pruned(run: Any, tiny_inputs: Any, tmp_path: Path) -> Any:
+def pruned(run: Any, tiny_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Prunes the tiny model; returns code, stderr and record."""
     model, text = tiny_inputs
+    leave_blank(monkeypatch.setattr)
 
     def call(out: str, *args: Any, **_: Any) -> tuple[int, str, dict[str, Any]]:
         common = ("--data", text, "--sparsity", 0.2, "--out", tmp_path / out, "--json", *TINY)
@@ -71,10 +73,11 @@ def test_a_slower_machine_reads_less_before_the_first_step(
     assert "max_steps" not in record
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_record_without_a_clock(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    use_rates(monkeypatch, 0.3)
+    use_rates(monkeypatch, 1.8)
     code, said, record = pruned("timed", "--minutes", 4)
     assert code == 0, said
     config = record["config"]
@@ -89,10 +92,11 @@ def test_a_run_is_repeated_from_its_record_without_a_clock(
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_plan_that_it_began_with(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    use_rates(monkeypatch, 0.3)
+    use_rates(monkeypatch, 1.8)
     code, said, record = pruned("out", "--minutes", 4)
     assert code == 0, said
     before = json.loads((tmp_path / "out" / RUN / SETTINGS).read_text())
@@ -103,17 +107,18 @@ def test_a_run_goes_on_with_the_plan_that_it_began_with(
     assert again["config"] == record["config"]
 
 
+@pytest.mark.slow
 def test_the_steps_fill_the_time_that_is_left(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a step of a second, 100 s less what judging takes are some hundred steps."""
+    """With a step of four seconds, 100 s less what judging takes are some 25 steps."""
     monkeypatch.setattr(minutes, "_measured", lambda _: Rates(0.3, 0.001))
-    monkeypatch.setattr(minutes, "seconds_per_step", lambda *_, **__: 1.0)
+    monkeypatch.setattr(minutes, "seconds_per_step", lambda *_, **__: 4.0)
     code, said, record = pruned("out", "--minutes", "100s")
     assert code == 0, said
     spent = sum(x["seconds"] for name, x in record["stages"].items() if name != "teach")
     steps = record["config"]["max_steps"]
-    assert 100 - 2 * spent - 40 < steps <= 100  # the rest of the time is spent on loading
+    assert 100 - 2 * spent - 40 < 4 * steps <= 100  # the rest of the time is spent on loading
 
 
 def test_too_little_time_is_refused_with_what_is_needed(
@@ -176,6 +181,7 @@ def test_two_words_on_how_long_contradict(pruned: Any, more: tuple[Any, ...], wh
     assert why in said
 
 
+@pytest.mark.slow
 def test_cutting_the_vocabulary_is_part_of_the_time(
     pruned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

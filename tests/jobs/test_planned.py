@@ -85,10 +85,11 @@ def test_all_stages_are_planned_at_the_rate_of_a_real_step(
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     config = copy.deepcopy(model.config)
+    more = {"calibration_blocks": 2, **more}
     dry = found(model, tmp_path, **more)
     phases = {x["phase"]: x for x in dry["phases"]}
     given = {"target_sparsity": 0.2, "max_steps": 3, "neuron_multiple": 4, **more}
-    kind = ProgressiveConfig if more else NutePruneConfig
+    kind = ProgressiveConfig if "progressive" in more else NutePruneConfig
     args = kind(output_dir=str(tmp_path), use_cpu=True, **given)
     how: dict[str, Any] = {"stored": torch.float32, "judged": JUDGED, "own": 0.0}
     planned = Plan.of(config, args, LENGTH, torch.float32, **how).phases()

@@ -47,7 +47,7 @@ def asks(
 
     def write_table(path: Path, *_: Any) -> None:
         measured.append(path)
-        time.sleep(0.3)  # while another run asks
+        time.sleep(0.1)  # while another run asks
         path.write_text("{}")
 
     monkeypatch.setattr(speed, "write_table", write_table)

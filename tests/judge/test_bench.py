@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +24,7 @@ from nuteprune.judge.bench import (
 from nuteprune.judge.work import Work, Workload, experts_met
 from nuteprune.judge.worker import Worker
 from tests.conftest import cache_of
-from tests.forked import workers
+from tests.forked import python, workers
 from tests.greedy import continuation
 
 SETTING = Workload(batch_size=2, length=6, new_tokens=3)
@@ -264,8 +262,8 @@ def test_a_worker_does_not_run_the_script_that_starts_it_again(folder: Path) -> 
         f"with Worker('tiny', how.loader_of({str(folder)!r})) as worker:\n"
         "    print(worker.about.threads)\n"
     )
-    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert (ran.stdout.split(), ran.returncode) == (["begun", "1"], 0), ran.stderr
+    ran = python(script)
+    assert (ran.out.split(), ran.code) == (["begun", "1"], 0), ran.err
 
 
 @pytest.mark.slow

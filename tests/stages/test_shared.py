@@ -43,8 +43,8 @@ def assert_same(one: Found, many: Found) -> None:
 def test_four_processes_do_a_quarter_each_of_every_stage(
     tiny_model: Callable, tmp_path: Path
 ) -> None:
-    tiny_model("llama", num_hidden_layers=30).save_pretrained(tmp_path)
-    one, four = (stages(tmp_path, count, 48) for count in (1, 4))
+    tiny_model("llama", num_hidden_layers=16).save_pretrained(tmp_path)
+    one, four = (stages(tmp_path, count, 32) for count in (1, 4))
     assert_same(one, four)
     (alone,), each = one[1], four[1]
     assert set(alone) == {"score", "refit"}

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is dep
 
 def run(model: Any, out: Path, **settings: Any) -> tuple[Any, dict[str, torch.Size]]:
     """Go through all phases; return the trainer and the shapes of the smaller model's tensors."""
-    trainer = make(model, out, max_steps=2, logging_steps=1, **settings)
+    trainer = make(model, out, max_steps=2, logging_steps=1, calibration_blocks=4, **settings)
     trainer.train()
     small = trainer.finalize()
     return trainer, {name: x.shape for name, x in small.state_dict().items()}
@@ -112,6 +112,8 @@ def test_a_step_with_fixed_masks_reads_nothing(
                 tmp_path / str(steps),
                 max_steps=steps,
                 logging_steps=100,
+                method="random",
+                calibration_blocks=2,
                 gradient_checkpointing=checkpointing,
             )
             trainer.begin()
