@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nuteprune import pipeline
+from nuteprune import run
 from nuteprune.cli.app import main
 from nuteprune.data import demo as assets
 from nuteprune.distill.coforward import CoForward, Role

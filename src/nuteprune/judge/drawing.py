@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import unicodedata
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +44,6 @@ COLOURS: Final[Mapping[str, str]] = {
 _STYLE = Path(__file__).with_name("plots.mplstyle")
 _WIDTH = 340
 """Points, and CSS pixels on a page: a phone's."""
-_NAME = 24  # characters of a name that a row has room for
 
 POINTS: Final = 500
 """Steps that a line has room for; if there are more, neighbours are averaged."""
@@ -67,12 +64,6 @@ class Plot:
     alt: str
     svg: str
     png: bytes
-
-
-def plain(text: str) -> str:
-    """Return text that any font can try to draw on one line: no control characters, not long."""
-    shown = "".join("\ufffd" if unicodedata.category(c) in "CcCfCsCoCn" else c for c in text)
-    return shown if len(shown) <= _NAME else f"{shown[: _NAME - 1]}…"
 
 
 def number(value: float) -> str:
@@ -121,9 +112,7 @@ def new_figure(title: str, height: int) -> Iterator[tuple[Figure, Axes]]:
 
 def finish(name: str, alt: str, figure: Figure) -> Plot:
     """Write a drawing in both forms; see `Plot`."""
-    with mpl.rc_context(fname=_STYLE), warnings.catch_warnings():
-        # The page's fonts may have what the plot's own lacks, and the PNG shows a box.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    with mpl.rc_context(fname=_STYLE):
         picture, drawing = io.BytesIO(), io.StringIO()
         figure.savefig(picture, format="png", metadata={"Software": None})
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -1,7 +1,4 @@
-"""The plots of a report: sparsity, loss, layers and perplexity.
-
-Text of the user goes through `plain` before it is drawn.
-"""
+"""The plots of a report: layers and loss."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ from nuteprune.judge.drawing import (
     finish,
     legend,
     new_figure,
-    plain,
     steps_axis,
     thinned,
 )
@@ -92,47 +88,6 @@ def layers_plot(rows: Sequence[LayerRow]) -> Plot:
         _scale(figure)
     alt = "Heat map. " + " ".join(_row_in_words(row) for row in rows)
     return finish("layers", alt, figure)
-
-
-def perplexity_plot(before: Mapping[str, float], after: Mapping[str, float]) -> Plot:
-    """Draw the perplexity on each source, dense and pruned; sources without both are left out."""
-    names = [x for x in before if np.isfinite([before[x], after.get(x, np.nan)]).all()]
-    with new_figure("Perplexity on held-out text", 76 + 34 * max(1, len(names))) as (figure, axes):
-        rows = np.arange(len(names))
-        old, new = ([float(values[x]) for x in names] for values in (before, after))
-        axes.hlines(rows, old, new, color=COLOURS["rule"], lw=3)
-        for values, colour, label in ((old, "muted", "dense"), (new, "blue", "pruned")):
-            axes.plot(values, rows, "o", color=COLOURS[colour], ms=6.5, label=label)
-        for y, a, b in zip(rows, old, new, strict=True):
-            for value, other, colour in ((a, b, "muted"), (b, a, "blue")):
-                right = value > other or (value == other and colour == "blue")
-                axes.annotate(
-                    f"{value:.1f}" if value < 1000 else f"{value:,.0f}",
-                    (value, y),
-                    (7 if right else -7, 0),
-                    textcoords="offset points",
-                    ha="left" if right else "right",
-                    va="center",
-                    color=COLOURS[colour],
-                )
-        axes.set_yticks(rows, [plain(x) for x in names], color=COLOURS["ink"])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", visible=True)
-        top = max([*old, *new], default=1.0)
-        if top > 30 * min([*old, *new], default=1.0):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.margins(x=0.2)
-        else:
-            axes.set_xlim(0, top * 1.15)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            if top >= 1000:  # long numbers would touch
-                axes.xaxis.set_major_formatter("{x:,.0f}")
-        legend(axes)
-    pairs = "; ".join(f"{plain(x)}: {before[x]:.2f} dense, {after[x]:.2f} pruned" for x in names)
-    return finish("perplexity", f"Dot chart of perplexity. {pairs}.", figure)
 
 
 # -- parts of drawings

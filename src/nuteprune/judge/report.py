@@ -65,9 +65,6 @@ def write_report(folder: Path, again: Again) -> Path:
 def _drawn(files: RunFiles) -> Iterator[Plot]:
     """Yield the plots that a run has data for."""
     if files.record is not None:
-        before, after = judged_on_both(files.record)
-        if before:
-            yield plots.perplexity_plot(before, after)
         yield plots.layers_plot(kept_rows(files.record))
     if files.metrics:
         yield plots.loss_plot(files.metrics)
