@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
 from nuteprune.data.blocks import HeldOut
-from nuteprune.data.training_text import Mixture
+from nuteprune.data.training_text import TrainingText
 from nuteprune.export.loading import in_dtype
 from nuteprune.files import write_json
 from nuteprune.gates.masks import Masks
@@ -63,7 +63,7 @@ class Run:
 
     model: Prepared
     args: NutePruneConfig
-    text: Mixture
+    text: TrainingText
     held_out: HeldOut
     products: Products
     progress: Progress

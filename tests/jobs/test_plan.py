@@ -24,7 +24,7 @@ from nuteprune.export.loading import load_config
 from nuteprune.gates import copying_losses
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.plan import Asked, _with, config_of, run
+from nuteprune.jobs.plan import Devices, _with, config_of, run
 from nuteprune.jobs.planned import in_bits
 from nuteprune.jobs.settings import make_job
 from nuteprune.model.lookup import WRAPPERS
@@ -480,7 +480,7 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = written(tmp_path / "model", few)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    asked = Asked(devices=2, memory=4e6, rate=1e9)
+    asked = Devices(devices=2, memory=4e6, rate=1e9)
     quiet = Output(quiet=True)
     plan = run(job(model, length=24, dtype="float32", calibration_blocks=2), asked, quiet)
     assert sorted(tmp_path.rglob("*")) == before
@@ -528,7 +528,7 @@ def test_the_language_model_of_several_modalities_is_planned(
     kinds = CONFIGS[name]["text_config"].keys() & {"num_experts", "num_local_experts"}
     given |= {"gates": "experts"} if kinds else {}
     model = written(tmp_path, values | {"architectures": [WRAPPERS[name].conditional]})
-    found = run(job(model, length=24, **given), Asked(rate=1e9), Output(quiet=True))
+    found = run(job(model, length=24, **given), Devices(rate=1e9), Output(quiet=True))
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(load_config(model))
     assert found["parameters"] == sum(x.numel() for x in set(language.parameters()))
@@ -540,7 +540,7 @@ def test_a_pruned_checkpoint_is_planned_without_the_code_that_comes_with_it(
     leave_unplanned(monkeypatch.setattr)
     small = prune_at_random(tiny_model("llama"), ("neurons",), "free")
     save(small, tmp_path / "small", None)
-    found = run(job(tmp_path / "small", length=24), Asked(rate=1e9), Output(quiet=True))
+    found = run(job(tmp_path / "small", length=24), Devices(rate=1e9), Output(quiet=True))
     assert found["parameters"] == sum(x.numel() for x in small.parameters())
 
 
@@ -553,7 +553,7 @@ def test_what_the_model_writes_is_its_share(
 ) -> None:
     leave_unplanned(monkeypatch.setattr)
     asked = job(written(tmp_path, TINY), length=24, **given)
-    found = run(asked, Asked(rate=1e9), Output(quiet=True))
+    found = run(asked, Devices(rate=1e9), Output(quiet=True))
     flops = {x["phase"]: x["flops"] for x in found["phases"]}
     assert ("write" in flops) == bool(share)
     args = NutePruneConfig(output_dir=str(tmp_path), use_cpu=True, **asked.settings)
@@ -595,7 +595,7 @@ def test_a_mixture_is_planned_with_what_a_token_goes_through(
     )  # the others tell of them
     model = written(tmp_path / "model", MIXTURE)
     given = {"target_sparsity": None, "shape": {"experts": 4}, "shapes": "uniform"}
-    plan = run(job(model, **given), Asked(rate=1e9), Output(quiet=True))
+    plan = run(job(model, **given), Devices(rate=1e9), Output(quiet=True))
     expert, row, layers = 3 * 64 * 32, 64, 5
     assert plan["targets"] == [pytest.approx(4 * expert / (8 * expert + 2 * 64 * 64 + 2 * 32 * 64))]
     gone = layers * (4 * (expert + row) + 2 * expert)  # two stay and are idle
@@ -608,7 +608,7 @@ def test_a_run_with_a_ramp_is_planned_with_one(
     leave_unplanned(monkeypatch.setattr)  # other tests go through its kinds of steps
     model = written(tmp_path / "model", TINY)
     given = job(model, length=24, teacher="snapshots", max_steps=20, **RAMP)
-    plan = run(given, Asked(rate=1e9), Output(quiet=True))
+    plan = run(given, Devices(rate=1e9), Output(quiet=True))
     names = [phase["phase"] for phase in plan["phases"]]
     assert names == ["write", "judge", "score", "refit", "teach", "slice", "save"]
     assert plan["disk_bytes"]["teachers"] > 0
@@ -684,7 +684,7 @@ def test_the_disk_of_a_device_has_none_of_what_cpus_alone_write(
 ) -> None:
     leave_unplanned(monkeypatch.setattr)
     model = written(tmp_path / "model", {**TINY, "num_hidden_layers": 50})
-    disk = run(job(model, length=24), Asked(rate=1e9), Output())["disk_bytes"]
+    disk = run(job(model, length=24), Devices(rate=1e9), Output())["disk_bytes"]
     kept = sum(disk.values()) - disk["cut"]
     assert f"Disk    {megabytes(kept)}; main memory" in capsys.readouterr().out
 
@@ -706,20 +706,20 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         config_of(str(written(tmp_path / "less", less)))
     model = written(tmp_path / "model", TINY)
     with pytest.raises(UserError, match="cannot hold even one layer"):
-        run(job(model), Asked(memory=50_000), Output(quiet=True))
+        run(job(model), Devices(memory=50_000), Output(quiet=True))
     with pytest.raises(UserError, match="--devices"):
-        run(job(model, sharded=True), Asked(), Output(quiet=True))
+        run(job(model, sharded=True), Devices(), Output(quiet=True))
     with pytest.raises(UserError, match="what offload saves: use --device-memory"):
-        run(job(model, offload=True), Asked(), Output(quiet=True))
+        run(job(model, offload=True), Devices(), Output(quiet=True))
     with pytest.raises(UserError, match="what bits saves: use --device-memory"):
-        run(replace(job(model), bits=8), Asked(), Output(quiet=True))
+        run(replace(job(model), bits=8), Devices(), Output(quiet=True))
     with pytest.raises(UserError, match="length"):
-        run(replace(job(model), length=1), Asked(), Output(quiet=True))
+        run(replace(job(model), length=1), Devices(), Output(quiet=True))
     with pytest.raises(UserError, match="length is 513, and the model knows 512 positions"):
-        run(replace(job(model), length=513), Asked(), Output(quiet=True))
+        run(replace(job(model), length=513), Devices(), Output(quiet=True))
     for given in ({"shares": "0.5,0.5"}, {"data": ["a", "self"], "shares": [0, 0]}):
         with pytest.raises(UserError, match="pass one number above 0 for each"):
-            run(job(model, **given), Asked(), Output(quiet=True))
+            run(job(model, **given), Devices(), Output(quiet=True))
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         config_of("./nothing")
 
@@ -731,7 +731,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
 def test_large_models_are_planned(values: dict[str, Any], billions: float, tmp_path: Path) -> None:
     """Their weights would not fit here; parameters by the published count."""
     model = written(tmp_path / "model", values)
-    plan = run(job(model), Asked(8, 80e9, 4e14), Output(quiet=True))
+    plan = run(job(model), Devices(8, 80e9, 4e14), Output(quiet=True))
     assert plan["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan["peak_bytes"] > plan["weights_bytes"]
     assert plan["fits"] is not None

@@ -89,9 +89,9 @@ def plan(
         memory = value_of("memory", device_memory, "--device-memory")
     rate = None if tflops is None else tflops * 1e12
     reading = None if bandwidth is None else bandwidth * 1e9
-    from nuteprune.jobs.plan import Asked, run
+    from nuteprune.jobs.plan import Devices, run
 
-    return partial(run, job, Asked(devices, memory, rate, reading))
+    return partial(run, job, Devices(devices, memory, rate, reading))
 
 
 @o.command(PruneSettings, PruneJob)

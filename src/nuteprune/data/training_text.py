@@ -48,7 +48,7 @@ def tokens_to_write(blocks: int, calibrated: int, share: float, length: int) -> 
 
 
 @dataclass
-class Mixture:
+class TrainingText:
     """Text for one model.
 
     Args:

@@ -31,7 +31,7 @@ SLOWER = 4 / 3
 
 
 @dataclass(frozen=True)
-class Asked:
+class Devices:
     """The options of `plan` that are not the run's.
 
     Args:
@@ -64,7 +64,7 @@ class Variant:
     how: str = SIMULATED
 
 
-def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
+def run(job: PruneJob, asked: Devices, output: Output) -> dict[str, Any]:
     """Print what a run would take, and return it.
 
     Raises:
@@ -100,7 +100,7 @@ def run(job: PruneJob, asked: Asked, output: Output) -> dict[str, Any]:
     return result
 
 
-def _taken(job: PruneJob, asked: Asked, planned: Plan, phases: Sequence[Phase]) -> dict[str, Any]:
+def _taken(job: PruneJob, asked: Devices, planned: Plan, phases: Sequence[Phase]) -> dict[str, Any]:
     """Return what a run takes as it is asked for."""
     dtype, sizes, of_a_token = planned.dtype, planned.sizes, planned.of_a_token
     rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype, pick_device("auto"))

@@ -18,7 +18,7 @@ from nuteprune.console import Bars, megabytes
 from nuteprune.data.blocks import checked_shares
 from nuteprune.data.fingerprint import Fingerprint, text_entry
 from nuteprune.data.tokens import check_positions
-from nuteprune.data.training_text import GUARD, Mixture, tokens_to_write
+from nuteprune.data.training_text import GUARD, TrainingText, tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
@@ -277,7 +277,7 @@ def seconds_writing(run: Run, tokens: int) -> float:
 
 def text_of(
     job: PruneJob, config: NutePruneConfig, tokenizer: PreTrainedTokenizerBase, model: Anatomy
-) -> Mixture:
+) -> TrainingText:
     """Return the text of a job, for one model.
 
     Raises:
@@ -302,7 +302,7 @@ def text_of(
         # Weights in few bits are others than those that wrote.
         writer = sources.load_model(job.dense, None) if job.bits else model.model
         written = read_written(at_home(job.own_text), writer, tokenizer, tokens=own)
-    text = Mixture(
+    text = TrainingText(
         specs,
         shares,
         tokenizer,
