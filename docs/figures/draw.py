@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nuteprune.judge.drawing import COLOURS, dots, finish, legend, new_figure, percent, steps_axis
+from nuteprune.judge.plots import COLOURS, dots, finish, legend, new_figure, percent, steps_axis
 from nuteprune.progressive.teachers import Schedule
 
 HERE = Path(__file__).parent

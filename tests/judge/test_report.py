@@ -19,7 +19,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
 from nuteprune.jobs.reproduce import again
 from nuteprune.judge import plots, report
-from nuteprune.judge.drawing import COLOURS, POINTS
+from nuteprune.judge.plots import COLOURS, POINTS
 from nuteprune.judge.report import kept_rows, verdict
 from nuteprune.judge.run_files import read_run
 from tests.export.test_card import BESIDE

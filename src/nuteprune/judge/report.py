@@ -15,9 +15,18 @@ from nuteprune.export.card import definitions, figure_rows, perplexities_of, sin
 from nuteprune.files import atomic, write_text, writing
 from nuteprune.gates.budget import share_gone
 from nuteprune.judge import plots
-from nuteprune.judge.drawing import POINTS, THIN, Plot, count, duration, number, percent, size
 from nuteprune.judge.perplexity import mean
-from nuteprune.judge.plots import LayerRow
+from nuteprune.judge.plots import (
+    POINTS,
+    THIN,
+    LayerRow,
+    Plot,
+    count,
+    duration,
+    number,
+    percent,
+    size,
+)
 from nuteprune.judge.run_files import RunFiles, pruning_steps, read_run
 from nuteprune.model.shape import MLP_COUNTS, SAID
 from nuteprune.run_folder import CARD, REPORT
