@@ -29,9 +29,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nuteprune import prune
-from nuteprune.data.blocks import training_blocks
 from nuteprune.data.demo import documents
-from nuteprune.data.fingerprint import split
+from nuteprune.data.held_out import split
+from nuteprune.data.training_text import training_blocks
 from nuteprune.errors import UserError
 from nuteprune.files import to_json
 

@@ -195,12 +195,12 @@ def anonymous() -> int:
 
 def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[str, int]:
     """Go through a run and return its stages' peaks in bytes."""
-    from nuteprune.data.blocks import BlockDataset
+    from nuteprune.data.training_text import BlockDataset
     from nuteprune.gates import copying_losses
     from nuteprune.jobs.sources import load_model, stored_dtype
     from nuteprune.judge.perplexity import perplexities
     from nuteprune.progressive import trainer as progressive
-    from nuteprune.train import cut
+    from nuteprune.train import first_stages
 
     watch = watching()
     dense = load_model(model, getattr(torch, cell.dtype))
@@ -215,7 +215,7 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     del dense
     copying_losses.copying_losses = few_losses
     for stage in ("score", "refit"):
-        watch.around(cut, stage, lambda name=stage: name)
+        watch.around(first_stages, stage, lambda name=stage: name)
     watch.around(progressive, "refit", lambda: "refit")
     with watch.phase("teach"):
         trainer.train()

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from nuteprune import NutePruneConfig, RunFailed, UserError
 from nuteprune.cli.app import quiet_libraries
 from nuteprune.console import silent
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.gates import METHOD
 from nuteprune.gates.masks import Masks
 from nuteprune.jobs.sources import load_model, load_tokenizer, pick_dtype
@@ -34,7 +34,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.products import Products
 from nuteprune.train.config import prune_config
-from nuteprune.train.cut import Cut
+from nuteprune.train.first_stages import FirstStages
 from nuteprune.train.prepare import prepare
 from nuteprune.train.state import last_checkpoint
 
@@ -147,7 +147,7 @@ class Bench:
         plain = self.config(replace(cell, settings={}), config.output_dir)
         return self.texts.training(model, config, plain)
 
-    def cut(self, cell: Cell, folder: Path, keeps: bool = False) -> Cut:
+    def cut(self, cell: Cell, folder: Path, keeps: bool = False) -> FirstStages:
         """Return a cell's stages before the first step.
 
         Args:
@@ -158,7 +158,7 @@ class Bench:
         config, model = self.config(cell, str(folder)), self.model()
         text = self.text(model, cell, config)
         products = Products(folder if keeps else None, {}, resumes=keeps)
-        return Cut(prepare(model, config), config, text, products, silent)
+        return FirstStages(prepare(model, config), config, text, products, silent)
 
     # -- cells
 
@@ -241,7 +241,9 @@ class Bench:
             **refitted,
         }
 
-    def judged(self, cut: Cut, masks: Masks, weights: Weights | None = None) -> dict[str, Any]:
+    def judged(
+        self, cut: FirstStages, masks: Masks, weights: Weights | None = None
+    ) -> dict[str, Any]:
         """Judge by masks: the same function as the sliced model's, without cutting anything.
 
         Args:

@@ -15,19 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune import NutePruneConfig, UserError
-from nuteprune.data.blocks import BlockDataset, HeldOut, held_out_blocks, training_blocks
 from nuteprune.data.demo import TEXTS
-from nuteprune.data.fingerprint import IN_DOMAIN, Fingerprint, held_out_part, kind_of
+from nuteprune.data.fingerprint import IN_DOMAIN, Fingerprint, kind_of
+from nuteprune.data.held_out import HeldOut, held_out_blocks, held_out_part
 from nuteprune.data.specs import DEMO, iter_documents
-from nuteprune.data.training_text import tokens_to_write
+from nuteprune.data.training_text import BlockDataset, training_blocks
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import mixture
 from nuteprune.judge.context import SEED, copying
+from nuteprune.judge.eval_text import make_blocks
 from nuteprune.judge.perplexity import mean, perplexities
 from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS
-from nuteprune.judge.texts import make_blocks
 from nuteprune.run_folder import SELF
-from nuteprune.stages.write import write
+from nuteprune.stages.write import tokens_to_write, write
 
 CHOOSING_SEED = 9
 """Draws the sequences of `copying` where settings are chosen; reported figures have another."""

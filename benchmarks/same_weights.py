@@ -20,7 +20,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import nuteprune
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.model.families import FAMILIES
 
 TYPES = (

@@ -189,7 +189,7 @@ def trainer_for(cell: Cell, base: PreTrainedModel, **settings: Any) -> NutePrune
         base: the dense model.
         **settings: beside the cell's, such as those of masks that move.
     """
-    from nuteprune.data.blocks import BlockDataset
+    from nuteprune.data.training_text import BlockDataset
     from nuteprune.plan.trial import cut_by_chance
     from nuteprune.train.config import prune_config
 

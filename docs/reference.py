@@ -14,7 +14,7 @@ from nuteprune.cli.app import make_app
 from nuteprune.jobs.job import PruneJob
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.settings import declared
+from nuteprune.train.declared import declared
 
 DOCS = Path(__file__).parent
 KEYS = DOCS / "json.yaml"

@@ -6,8 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nuteprune.data.blocks import training_blocks as training_blocks
-    from nuteprune.data.training_text import calibration_blocks as calibration_blocks
+    from nuteprune.data.training_text import training_blocks as training_blocks
     from nuteprune.errors import RunFailed as RunFailed
     from nuteprune.errors import UserError as UserError
     from nuteprune.export.loading import load_pruned as load_pruned
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from nuteprune.stages.slice import slice_model as slice_model
     from nuteprune.stages.write import write as write
     from nuteprune.train.config import NutePruneConfig as NutePruneConfig
+    from nuteprune.train.first_stages import calibration_blocks as calibration_blocks
     from nuteprune.train.prepare import prepare as prepare
     from nuteprune.train.trainer import NutePruneTrainer as NutePruneTrainer
 
@@ -32,11 +32,11 @@ _HOMES = {
     "NutePruneTrainer": "train.trainer",
     "RunFailed": "errors",
     "UserError": "errors",
-    "calibration_blocks": "data.training_text",
+    "calibration_blocks": "train.first_stages",
     "load_pruned": "export.loading",
     "prepare": "train.prepare",
     "slice_model": "stages.slice",
-    "training_blocks": "data.blocks",
+    "training_blocks": "data.training_text",
 }
 """Public name -> the module that has it: jobs, the stages of a run, and the class for a loop."""
 

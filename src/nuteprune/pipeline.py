@@ -35,12 +35,12 @@ def pipeline(run: Run) -> dict[Path, Record]:
     """
     run.write()
     dense = run.judge_dense()
-    cut = run.cut()
-    scores = cut.score()
+    first = run.first_stages()
+    scores = first.score()
     records = {}
     for goal in run.each_goal():
-        masks = cut.choose(scores, goal)
-        weights = cut.refit(masks, goal)
+        masks = first.choose(scores, goal)
+        weights = first.refit(masks, goal)
         trainer = run.teach(goal, masks, weights)
         if is_main():
             sliced = run.slice(trainer, goal)

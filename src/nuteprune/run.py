@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import PreTrainedModel
 
 from nuteprune.console import Progress
-from nuteprune.data.blocks import HeldOut
+from nuteprune.data.held_out import HeldOut
 from nuteprune.data.training_text import TrainingText
 from nuteprune.export.loading import in_dtype
 from nuteprune.files import write_json
@@ -27,7 +27,7 @@ from nuteprune.stages.judge import Figures, entries, judge, judge_beside
 from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import write
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.cut import Cut
+from nuteprune.train.first_stages import FirstStages
 from nuteprune.train.prepare import Prepared, offload_if_asked
 from nuteprune.train.state import last_checkpoint
 from nuteprune.train.targets import Target
@@ -130,10 +130,10 @@ class Run:
         tokenizer = self.text.tokenizer
         return judge(model, self.held_out, tokenizer, name=name, progress=self.progress)
 
-    def cut(self) -> Cut:
-        """Return the stages before the first step: score, choose, refit."""
+    def first_stages(self) -> FirstStages:
+        """Return the stages before the first step, ready to go: score, choose, refit."""
         text, products = self.text.training, self.products
-        return Cut(self.model, self.args, text, products, self.progress, self.run_folder_of)
+        return FirstStages(self.model, self.args, text, products, self.progress, self.run_folder_of)
 
     def teach(
         self, goal: Target, masks: Masks | None = None, weights: Weights | None = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nuteprune.data.blocks import training_blocks
+from nuteprune.data.training_text import training_blocks
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate
 from nuteprune.jobs.options import Evaluation

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
-from nuteprune.data.blocks import training_blocks
+from nuteprune.data.training_text import training_blocks
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import recover as recovery
 from nuteprune.jobs.guard import alone

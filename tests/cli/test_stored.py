@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nuteprune import load_pruned
-from nuteprune.data.blocks import held_out_blocks
+from nuteprune.data.held_out import held_out_blocks
 from nuteprune.judge.perplexity import perplexities
 from tests.conftest import Run
 

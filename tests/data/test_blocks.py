@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from nuteprune.data import blocks as data
 from nuteprune.data import demo as assets
-from nuteprune.data.blocks import BlockDataset, held_out_blocks, training_blocks, turns
+from nuteprune.data import training_text as data
+from nuteprune.data.held_out import held_out_blocks
 from nuteprune.data.readers import shuffled
 from nuteprune.data.specs import iter_documents
+from nuteprune.data.training_text import BlockDataset, training_blocks, turns
 from nuteprune.errors import UserError
 
 from .conftest import WORDS, make_tokenizer, words, write_text

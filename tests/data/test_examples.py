@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nuteprune.data.blocks import BlockDataset
 from nuteprune.data.examples import Stretch, encode, holds_instructions, pad, read_examples
-from nuteprune.data.fingerprint import split
+from nuteprune.data.held_out import split
 from nuteprune.data.specs import iter_documents
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 

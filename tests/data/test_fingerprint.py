@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.data.fingerprint import MOST, Fingerprint, split
+from nuteprune.data.fingerprint import MOST, Fingerprint
+from nuteprune.data.held_out import split
 
 
 def independent(text: str) -> str:

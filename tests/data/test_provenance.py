@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from nuteprune.data.blocks import held_out_blocks, training_blocks
 from nuteprune.data.examples import read_examples
 from nuteprune.data.fingerprint import (
     IN_DOMAIN,
@@ -17,7 +16,9 @@ from nuteprune.data.fingerprint import (
     learned_from,
     text_entry,
 )
-from nuteprune.judge.texts import rows_of
+from nuteprune.data.held_out import held_out_blocks
+from nuteprune.data.training_text import training_blocks
+from nuteprune.judge.eval_text import rows_of
 
 
 def known(*names: str) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.data import fingerprint, readers
-from nuteprune.data.blocks import held_out_blocks, training_blocks
+from nuteprune.data.held_out import held_out_blocks
 from nuteprune.data.specs import iter_documents
+from nuteprune.data.training_text import training_blocks
 from nuteprune.errors import UserError
 
 from .conftest import CHAT, only, words, write_rows, write_text

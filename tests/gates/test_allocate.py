@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.allowed_shapes import Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Cost, Goal, Uncounted
 from nuteprune.gates.masks import Layout
-from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 from tests.families import DENSE_KINDS

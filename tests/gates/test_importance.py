@@ -14,10 +14,10 @@ from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates import METHOD, METHOD_NAMES
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.allowed_shapes import Constraints
 from nuteprune.gates.budget import Budget, unit_parameters
 from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.options import Constraints
 from nuteprune.gates.scores import Probe, losses_of
 from nuteprune.gates.surgeon import LIKELIEST, TEMPERATURE, draw_tokens, surgeon_scores
 from nuteprune.gates.surgeon_costs import (

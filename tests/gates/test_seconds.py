@@ -10,8 +10,8 @@ import torch
 
 from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.allowed_shapes import Constraints
 from nuteprune.gates.costs import Goal, seconds_of
-from nuteprune.gates.options import Constraints
 from nuteprune.model.shape import LayerShape, Shape
 
 from .test_allocate import CASES, GROUPED, MULTI_HEAD, Case, random_scores

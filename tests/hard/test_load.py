@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from nuteprune import load_pruned
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.progressive.trainer import ProgressiveTrainer
 

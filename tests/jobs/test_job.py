@@ -23,8 +23,8 @@ from nuteprune.progressive.config import GATE_TYPES, OBJECTIVES
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.run_folder import SELF
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import declared
+from nuteprune.train.declared import declared
+from nuteprune.train.settings import PruneSettings
 
 OUT: dict[str, Any] = {"model": "m", "out": "o"}
 

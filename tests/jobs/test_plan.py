@@ -16,8 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from nuteprune.console import Output, megabytes
-from nuteprune.data.blocks import JUDGED
-from nuteprune.data.training_text import tokens_to_write
+from nuteprune.data.training_text import JUDGED
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import save
 from nuteprune.export.loading import load_config
@@ -44,6 +43,7 @@ from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.stages.score import with_gradients
+from nuteprune.stages.write import tokens_to_write
 from nuteprune.train.config import NutePruneConfig
 from tests.unplanned import leave_unplanned
 from tests.wrapped import CONFIGS

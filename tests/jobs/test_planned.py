@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from nuteprune import NutePruneTrainer
 from nuteprune.console import Output, silent
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, print_dry_run
 from nuteprune.jobs.prune_run import trainer_config

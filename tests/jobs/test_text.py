@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.data.blocks import training_blocks
-from nuteprune.data.training_text import READINGS, tokens_to_write
+from nuteprune.data.training_text import training_blocks
+from nuteprune.stages.write import READINGS, tokens_to_write
 from nuteprune.train.config import NutePruneConfig
 
 

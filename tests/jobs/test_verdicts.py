@@ -10,8 +10,8 @@ import torch
 from nuteprune.console import Output
 from nuteprune.jobs.verdicts import Verdicts
 from nuteprune.judge.context import Copying
+from nuteprune.judge.eval_text import Blocks
 from nuteprune.judge.tasks import Score
-from nuteprune.judge.texts import Blocks
 from tests.export.test_card import BESIDE
 
 

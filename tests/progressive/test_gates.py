@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.allowed_shapes import Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.options import Constraints
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 from nuteprune.progressive import gates as hard_concrete

@@ -9,14 +9,14 @@ import torch
 
 from nuteprune import NutePruneConfig
 from nuteprune.console import silent
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.products import Products
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.stages import Prunable
-from nuteprune.train.cut import Cut
+from nuteprune.train.first_stages import FirstStages
 from nuteprune.train.prepare import prepare
 from nuteprune.train.setup import make_allocator
 from tests.train.conftest import PROGRESSIVE
@@ -38,10 +38,10 @@ def plain(model: Any, folder: Path) -> Prunable:
     return Prunable(anatomy, MaskHooks(anatomy), LoraBank(anatomy), allocator, is_sharded=False)
 
 
-def cut_of(model: Any, folder: Path, products: Products | None = None, **more: Any) -> Cut:
+def cut_of(model: Any, folder: Path, products: Products | None = None, **more: Any) -> FirstStages:
     """The stages before the first step; of a run that shares weights out, where that is asked."""
     args = settings(folder, **{k: v for k, v in more.items() if k != "sharded"})
     ready = prepare(model, args)
     args.sharded = more.get("sharded", False)
     kept = products or Products(None, {})
-    return Cut(ready, args, BlockDataset(TEXT), kept, silent)
+    return FirstStages(ready, args, BlockDataset(TEXT), kept, silent)

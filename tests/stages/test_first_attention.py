@@ -9,9 +9,9 @@ import torch
 
 from nuteprune.errors import UserError
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.allowed_shapes import Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import first_attention_last
-from nuteprune.gates.options import Constraints
 from nuteprune.model.anatomy import Anatomy
 
 LAYERS = {

@@ -74,7 +74,8 @@ def test_rounds_are_where_cuts_can_be_tried(
     cut = cut_of(tiny_model("llama"), tmp_path, target_sparsity=0.5, **more)
     asked: list[Any] = []
     monkeypatch.setattr(
-        "nuteprune.train.cut.score", lambda *_, **how: asked.append(how["refit_blocks"]) or {}
+        "nuteprune.train.first_stages.score",
+        lambda *_, **how: asked.append(how["refit_blocks"]) or {},
     )
     cut.score()
     assert [x is not None for x in asked] == [rounds]

@@ -10,13 +10,13 @@ import torch
 from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.progressive.trainer import ProgressiveTrainer
 from nuteprune.train.asked import KINDS
-from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import declared
+from nuteprune.train.declared import declared
+from nuteprune.train.settings import PruneSettings
 
 LENGTH = 16
 PROGRESSIVE = declared(ProgressiveSettings).keys() - declared(PruneSettings).keys()

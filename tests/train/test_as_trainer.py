@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 from transformers import HfArgumentParser, TrainerControl, TrainingArguments
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
-from nuteprune.data.blocks import BlockDataset, collated
-from nuteprune.data.training_text import calibration_blocks
+from nuteprune.data.training_text import BlockDataset, collated
 from nuteprune.products import read_tensors
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.train import checkpoints
 from nuteprune.train.config import RecoverConfig
-from nuteprune.train.settings import chosen_settings
+from nuteprune.train.declared import chosen_settings
+from nuteprune.train.first_stages import calibration_blocks
 
 from .conftest import LENGTH, make, metrics
 

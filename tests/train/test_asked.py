@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nuteprune.errors import UserError
 from nuteprune.train.asked import KINDS, Asked, all_asked, spelled, value_of
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.prune_settings import PruneSettings
+from nuteprune.train.settings import PruneSettings
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import PrinterCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer, UserError, load_pruned
-from nuteprune.data.blocks import BlockDataset
+from nuteprune.data.training_text import BlockDataset
 from nuteprune.files import damage
 from nuteprune.train.config import RecoverConfig
 from nuteprune.train.publish import PushesCheckpoint

@@ -51,7 +51,7 @@ def test_dimensions_chosen_by_the_user_come_out(
 def test_a_shape_is_found_where_steps_of_a_price_are_rounded(
     tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nuteprune.gates.options.FINEST", 4)
+    monkeypatch.setattr("nuteprune.gates.allowed_shapes.FINEST", 4)
     trainer = make(tiny_model("qwen2_moe"), tmp_path, shape={"experts": 5, "neurons": 20})
     allocator = trainer.ready.allocator
     for seed in range(4):

@@ -21,7 +21,7 @@ from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob
 from nuteprune.jobs.options import Benchmark, Evaluation, Exporting, Writing
 from nuteprune.jobs.settings import check_target, make_job
 from nuteprune.train.asked import value_of
-from nuteprune.train.prune_settings import PruneSettings
+from nuteprune.train.settings import PruneSettings
 
 _NOT_ASKED = (
     *("out", "data", "eval_data", "text_column", "shares", "trust_remote_code", "vocab"),

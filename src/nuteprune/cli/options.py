@@ -14,7 +14,7 @@ import typer
 
 from nuteprune.jobs.job import Job
 from nuteprune.jobs.options import REPLACE
-from nuteprune.train.settings import declared
+from nuteprune.train.declared import declared
 
 Work = Callable[[Any], Mapping[str, Any] | None]
 """What a command does when its options are known to be right: given a `console.Output`, it returns

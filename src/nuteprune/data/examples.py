@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.data import readers
 from nuteprune.data.columns import cell_text, chat_turns, laid_out, render, row_document
-from nuteprune.data.fingerprint import Fingerprint, split, split_long
-from nuteprune.data.readers import shuffled
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.held_out import split
+from nuteprune.data.readers import shuffled, split_long
 from nuteprune.data.specs import embedded, hub_parts, local_files
 from nuteprune.data.tokens import bos_of, check_ids, ids_of
 from nuteprune.distill.losses import IGNORED

@@ -1,28 +1,18 @@
-"""Hashes of text, whatever its name: by them some is held out, and some known as in-domain.
-
-A fingerprint has hashes of documents and files.
-"""
+"""Hashes of a text's documents and files, by which it is known as in-domain whatever its name."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
-MAX_DOCUMENT_CHARS = 2**20  # a longer document counts as several, one after the other
-HELD_OUT_SHARE = 0.05
 MOST = 4096
 """Hashes that are kept of documents, and as many of files."""
 _DIGITS = 16  # of a hash, in hexadecimal
-# A document of more characters is split in itself, so that a book alone gives both parts. Below
-# that, one passage would be too great a share of it.
-_LONG, _PARAGRAPH = 2**14, 64  # characters of a long document, and of a paragraph that counts
-_PASSAGE = 2**11  # most characters of its passages: more than a block of 256 tokens
+LONG, _PARAGRAPH = 2**14, 64  # characters of a long document, and of a paragraph that counts
 _END = 2**20  # bytes that are hashed of a file at its beginning, and as many at its end
 
 IN_DOMAIN: Final = "in-domain"
@@ -30,81 +20,6 @@ OTHER_TEXT: Final = "other text"
 NOT_KNOWN: Final = "not known"
 CHANCE = 0.01
 """Share of a text's documents that any two texts may have in common, such as short answers."""
-
-
-def boundary(text: str, near: int) -> int:
-    """Return where to cut a text: at its end, or after nearby white space.
-
-    Args:
-        text: the text.
-        near: the latest position wanted, in characters.
-
-    Returns:
-        The position, at most `near`.
-    """
-    if near >= len(text):
-        return len(text)
-    start = max(0, near - 256)
-    return max(text.rfind("\n", start, near), text.rfind(" ", start, near)) + 1 or near
-
-
-def split_long(text: str, most: int | None = None) -> list[str]:
-    """Cut a text into consecutive parts of at most `most` (`MAX_DOCUMENT_CHARS`) characters."""
-    most = most or MAX_DOCUMENT_CHARS
-    parts, start = [], 0
-    while len(text) - start > most:
-        window = text[start : start + most + 1]  # not all that is left: long texts have many parts
-        end = start + boundary(window, most)
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
-
-
-def split(document: str) -> tuple[list[str], list[str]]:
-    """Split a document by its own text alone, without the white space around it.
-
-    A short document is held out if the hash of its text is below a threshold. A long one is split
-    by passages in the same way; at least one is held out and one is not, unless all are the same
-    text.
-
-    Args:
-        document: the text.
-
-    Returns:
-        The stretches to train on, and those held out, in the document's order.
-    """
-    parts: tuple[list[str], list[str]] = ([], [])
-    for text in split_long(document):
-        passages = _passages(text)
-        hashes = [hashlib.blake2b(x.strip().encode(), digest_size=8) for x in passages]
-        held_out = _below_threshold([int.from_bytes(x.digest(), "big") for x in hashes])
-        ranked = zip(held_out, passages, strict=True)
-        for held, stretch in itertools.groupby(ranked, key=itemgetter(0)):
-            parts[held].append("".join(passage for _, passage in stretch))
-    return parts
-
-
-def held_out_part(documents: Iterable[str]) -> Iterator[str]:
-    """Yield the held-out parts of documents, stretch by stretch."""
-    for document in documents:
-        yield from split(document)[1]
-
-
-def _passages(text: str) -> list[str]:
-    """Cut a long text into passages of about one length; a short one is its only passage."""
-    bare = text.strip()
-    if len(bare) <= _LONG:
-        return [text]
-    count = -(-len(bare) // _PASSAGE)
-    cuts = [0, *(boundary(bare, len(bare) * i // count) for i in range(1, count)), len(bare)]
-    return [bare[start:end] for start, end in itertools.pairwise(cuts)]
-
-
-def _below_threshold(ranks: list[int]) -> list[bool]:
-    threshold = HELD_OUT_SHARE * 2**64
-    if len(ranks) > 1:
-        threshold = min(max(threshold, min(ranks) + 1), max(ranks))
-    return [rank < threshold for rank in ranks]
 
 
 class Fingerprint:
@@ -127,7 +42,7 @@ class Fingerprint:
         So an edited book is recognised by its unchanged paragraphs.
         """
         bare = text.strip()
-        parts = [x.strip() for x in bare.split("\n\n")] if len(bare) > _LONG else []
+        parts = [x.strip() for x in bare.split("\n\n")] if len(bare) > LONG else []
         parts = [x for x in parts if len(x) >= _PARAGRAPH] or [bare]
         _add(self.documents, (_hash(x.encode()) for x in parts if x))
 
@@ -222,7 +137,7 @@ def text_entry(
 
     Args:
         learned: the data set that was trained on; one without a `fingerprint` is not known.
-        judged: what perplexity was measured on, from `nuteprune.data.blocks.held_out_blocks`.
+        judged: what perplexity was measured on, from `nuteprune.data.held_out.held_out_blocks`.
         earlier: the record of the model before this run, if there is one.
 
     Returns:

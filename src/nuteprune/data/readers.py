@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from nuteprune.data.columns import choose_layout
-from nuteprune.data.fingerprint import Fingerprint, split_long
+from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.errors import UserError, in_one_line
 
+MAX_DOCUMENT_CHARS = 2**20  # a longer document counts as several, one after the other
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _MAX_JSON_ROW_CHARS = 2**24
 _CHUNK_BYTES = 2**20
@@ -61,6 +62,34 @@ class Documents:
             for text in split_long(row):
                 self.fingerprint.add_document(text)
             yield row
+
+
+def boundary(text: str, near: int) -> int:
+    """Return where to cut a text: at its end, or after nearby white space.
+
+    Args:
+        text: the text.
+        near: the latest position wanted, in characters.
+
+    Returns:
+        The position, at most `near`.
+    """
+    if near >= len(text):
+        return len(text)
+    start = max(0, near - 256)
+    return max(text.rfind("\n", start, near), text.rfind(" ", start, near)) + 1 or near
+
+
+def split_long(text: str, most: int | None = None) -> list[str]:
+    """Cut a text into consecutive parts of at most `most` (`MAX_DOCUMENT_CHARS`) characters."""
+    most = most or MAX_DOCUMENT_CHARS
+    parts, start = [], 0
+    while len(text) - start > most:
+        window = text[start : start + most + 1]  # not all that is left: long texts have many parts
+        end = start + boundary(window, most)
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
 
 
 def shuffled(

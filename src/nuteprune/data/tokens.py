@@ -24,9 +24,6 @@ now."""
 CHATS = 0.25
 """Share of chats in the text that a chat model writes. The rest is plain text of all kinds, since a
 model's chats have little code and few formats."""
-TEXT_TOKENS = 64
-"""Tokens of a plain text at most: many short texts show more of what a model knows than few long
-ones; see docs/log.md."""
 TEMPERATURE = 1.5
 """Temperature at which first tokens are drawn. Drawn evenly from a vocabulary of many languages,
 they put four texts of ten into other scripts; at 1 a few tokens begin most texts."""

@@ -1,50 +1,35 @@
-"""The text of a run: what it trains on, what the model writes itself, and what calibrates.
+"""The text of a run: the blocks that it trains on, with what the model wrote, and what calibrates.
 
-Shape suffixes: N blocks, T tokens of a block.
+Shape suffixes: N blocks, R of them repeats, T tokens of a block, M = N x T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.data.blocks import (
-    BlockDataset,
-    HeldOut,
-    collated,
-    held_out_blocks,
-    training_blocks,
-    written_blocks,
-)
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.held_out import HeldOut, check_size, held_out_blocks, split
+from nuteprune.data.readers import Documents, shuffled, split_long
+from nuteprune.data.specs import iter_documents
+from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
+from nuteprune.run_folder import SELF
 
-GUARD = 0.5
-"""Share of the text that the model writes itself, by default. Calibrated on one kind of text alone,
-a model keeps that and forgets the rest; see docs/quality.md."""
-ONCE = 1600
-"""Blocks of training up to which the model writes all of its share: 400 steps of 4."""
-READINGS = 4
-"""How often longer training reads self-written text at most."""
-FIRST = 32
-"""Items of the text that are looked at before a run."""
-
-
-def tokens_to_write(blocks: int, calibrated: int, share: float, length: int) -> int:
-    """Return how many tokens a model writes itself.
-
-    Args:
-        blocks: how many the run reads.
-        calibrated: how many of these it reads before the first step.
-        share: the model's share of the run's blocks.
-        length: tokens per block.
-    """
-    once = max(calibrated, min(blocks, ONCE))
-    return written_blocks(max(1, round(share * max(once, blocks / READINGS)))) * length
+REPEATS = 5
+"""One block of self-written text in so many is shuffled tokens that come twice."""
+JUDGED = 4
+"""Blocks that a job judges a model by in one pass."""
+_SHUFFLE_CHARS = 2**24  # how much text is held to draw the next passage from
+_PASSAGE_CHARS = 8  # of a passage, per token of a block: about two blocks of English
 
 
 @dataclass
@@ -106,63 +91,211 @@ class TrainingText:
         return held_out_blocks(specs, self.tokenizer, length=self.length, count=count, **self.how)
 
 
-def check_text(dataset: Any, alike: bool = False) -> None:
-    """Refuse a dataset that calibration cannot read by index.
+# -- blocks
+
+
+@dataclass(eq=False, repr=False)
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Blocks of tokens to train on: the labels are the tokens themselves.
 
     Args:
-        dataset: the text.
-        alike: whether its items must have one length; the first ones are checked.
-
-    Raises:
-        UserError: naming what is missing.
+        blocks: token ids (count, length), of any integer type.
+        fingerprint: fingerprint of the text that they are cut from, if there is one.
     """
-    if dataset is None:
-        raise UserError("there is no training text: pass train_dataset")
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise UserError(
-            f"train_dataset is a {type(dataset).__name__}, which can only be read in order, and "
-            "calibration reads its end: pass a list of its first items, such as "
-            "list(itertools.islice(dataset, args.blocks))"
-        )
-    if not len(dataset):
-        raise UserError("train_dataset is empty: pass at least one item with input_ids")
-    if "input_ids" not in (item := dataset[0]):
-        raise UserError(
-            f"items of train_dataset have {', '.join(map(str, item))} and no input_ids: pass "
-            "tokenized text"
-        )
-    if alike:
-        collated([dataset[i] for i in range(min(FIRST, len(dataset)))])
+
+    blocks: Tensor
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[index].long()
+        return {"input_ids": block, "labels": block.clone()}
 
 
-def calibration_blocks(dataset: Any, count: int) -> Tensor:
-    """Return token ids (N, T) of blocks from the end of the training text, the last one first.
-
-    Padding is left out, and the tokens after it move up.
+def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Collate items of equal length; columns that nothing reads are left out.
 
     Args:
-        dataset: items with `input_ids` (T,) and, where there is padding, `attention_mask` (T,);
-            blocks are as long as the longest of the last `count`.
-        count: blocks wanted; a short dataset gives some of them twice.
+        items: `input_ids` and maybe `attention_mask` and `labels` (T,).
 
     Raises:
-        UserError: if there is no text, or nothing but padding.
+        UserError: if their lengths differ.
     """
-    check_text(dataset)
-    size = len(dataset)
-    order = range(size - 1, -1, -1)
-    length = max((len(dataset[i]["input_ids"]) for i in order[:count]), default=0)
-    parts: list[Tensor] = []
-    missing, read = count * length, 0
-    while missing > 0:
-        if read == size and not any(map(len, parts)):
-            raise UserError("the training text is nothing but padding: check its attention_mask")
-        item = dataset[order[read % size]]
-        ids = torch.as_tensor(item["input_ids"])
-        if "attention_mask" in item:
-            ids = ids[torch.as_tensor(item["attention_mask"]).bool()]
-        parts.append(ids)
-        missing, read = missing - len(ids), read + 1
-    if not count:
-        return torch.empty(0, length, dtype=torch.long)
-    return torch.cat(parts)[: count * length].view(count, length)
+    lengths = {len(item["input_ids"]) for item in items}
+    if len(lengths) > 1:
+        raise UserError(
+            f"items of train_dataset have {min(lengths)} to {max(lengths)} tokens: cut text into "
+            "blocks of one length, or pass a data_collator that pads"
+        )
+    names = [x for x in ("input_ids", "attention_mask", "labels") if x in items[0]]
+    return {x: torch.stack([torch.as_tensor(item[x]) for item in items]) for x in names}
+
+
+def training_blocks(
+    spec: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    shares: Sequence[float] | None = None,
+    written: Sequence[list[int]] = (),
+    text_column: str | None = None,
+    vocab_size: int | None = None,
+) -> BlockDataset:
+    """Cut training text into blocks: each spec by its share, the sources of a spec equally.
+
+    Documents, long ones in passages, come in an order drawn by the seed, over and over where the
+    text is short; of a huge source only the beginning is read. A tokenizer's bos begins each block.
+
+    Args:
+        spec: the DATA spec, or several; `self` is what the model has written.
+        tokenizer: the model's tokenizer.
+        length: tokens per block, at least 2.
+        count: number of blocks, at least 1.
+        seed: draws the order of the passages and of the blocks.
+        shares: share of the tokens of each spec, in any unit; None: equal shares.
+        written: the texts of `self`, from `nuteprune.stages.write.write`.
+        text_column: the column that holds the text; None finds it.
+        vocab_size: the model's number of token ids; None does not check them.
+
+    Returns:
+        `count` blocks (length,). Any run of blocks has about the right share of each spec.
+
+    Raises:
+        UserError: a source cannot be read or is shorter than a block, shares are not as many as
+            specs, or the tokenizer is of another model.
+    """
+    check_size(length, count)
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    whose = torch.tensor(turns(checked_shares(shares, specs), count))
+    bos = bos_of(tokenizer)
+    read = length - len(bos)
+    blocks, known = torch.empty(count, read, dtype=torch.int32), Fingerprint()
+    for index, name in enumerate(specs):
+        own = torch.nonzero(whose == index).flatten()
+        texts: list[Documents | Sequence[list[int]]] = [written]
+        if name != SELF:
+            texts = [*iter_documents(name, text_column=text_column, tokenizer=tokenizer).values()]
+        for turn, text in enumerate(texts):
+            places = own[turn :: len(texts)]
+            blocks[places] = _drawn_blocks(text, tokenizer, read, len(places), seed)
+            if isinstance(text, Documents):
+                known.update(text.fingerprint)
+    blocks = after(bos, blocks)
+    check_ids(blocks, vocab_size)
+    return BlockDataset(blocks, known)
+
+
+def turns(shares: Sequence[float], count: int) -> list[int]:
+    """Deal out `count` turns by shares, so that each has about its share at any time.
+
+    Args:
+        shares: in any unit, each above 0.
+        count: the number of turns.
+
+    Returns:
+        The index of the share whose turn it is, turn by turn.
+    """
+    had, whole = [0] * len(shares), sum(shares)
+    found = []
+    for turn in range(1, count + 1):
+        behind = [turn * share / whole - n for share, n in zip(shares, had, strict=True)]
+        found.append(behind.index(max(behind)))
+        had[found[-1]] += 1
+    return found
+
+
+def checked_shares(shares: Sequence[float] | None, specs: Sequence[str]) -> Sequence[float]:
+    """Return the shares of the text, equal ones for None.
+
+    Args:
+        shares: in any unit.
+        specs: the DATA specs that they belong to.
+
+    Raises:
+        UserError: if they are not as many as the specs, or one is not above 0.
+    """
+    shares = [1.0] * len(specs) if shares is None else shares
+    good = bool(specs) and all(share > 0 and math.isfinite(share) for share in shares)
+    if len(shares) != len(specs) or not good:
+        raise UserError(
+            f"shares {', '.join(map(str, shares))} of the text {', '.join(specs)}: pass one number "
+            "above 0 for each"
+        )
+    return shares
+
+
+def _drawn_blocks(
+    text: Documents | Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int,
+) -> Tensor:
+    """Return blocks (count, length) of a source, or of texts that are tokens already."""
+    if isinstance(text, Documents):
+        rng = random.Random(f"{seed} {text.name}")
+        found = _training_tokens(text, tokenizer, rng, length)
+        blocks = collect(found, count * length).view(count, length)
+    else:
+        rng, own = random.Random(f"{seed} {SELF}"), written_blocks(count)
+        blocks = collect(_over_and_over(text, rng, length), own * length).view(own, length)
+        blocks = with_repeats(blocks, count - own, rng)
+    return blocks[rng.sample(range(count), count)]
+
+
+def written_blocks(count: int) -> int:
+    """Return how many of a number of blocks of `self` the model writes; the others are repeats."""
+    return count - count // REPEATS
+
+
+def with_repeats(blocks_NT: Tensor, count: int, rng: random.Random) -> Tensor:
+    """Return blocks followed by blocks of their shuffled tokens, each sequence twice.
+
+    Only the context tells how the second half goes on, so a model fitted to it keeps the units that
+    copy.
+
+    Args:
+        blocks_NT: the blocks.
+        count: how many come behind them.
+        rng: draws their tokens.
+    """
+    length, all_M = blocks_NT.shape[1], blocks_NT.flatten()
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    if not count:  # nor may there be tokens to draw from
+        return blocks_NT
+    drawn_RT = torch.randint(len(all_M), (count, -(-length // 2)), generator=generator)
+    return torch.cat([blocks_NT, all_M[drawn_RT].repeat(1, 2)[:, :length]])
+
+
+def _over_and_over(
+    written: Sequence[list[int]], rng: random.Random, length: int
+) -> Iterator[list[int]]:
+    """Yield what the model has written, in an order drawn for each pass."""
+    if (seen := sum(map(len, written))) < length:
+        raise too_short(f"{SELF} (what the model has written)", seen, length)
+    while True:
+        yield from rng.sample(written, len(written))
+
+
+def _training_tokens(
+    source: Documents, tokenizer: PreTrainedTokenizerBase, rng: random.Random, length: int
+) -> Iterator[list[int]]:
+    """Yield the tokens of the training part over and over, in an order drawn for each pass.
+
+    Long documents come in passages, lest a small budget be spent on a few of them.
+    """
+    most = _PASSAGE_CHARS * length
+    while True:
+        # A document that is held out leaves an empty text in the order that is drawn.
+        stretches = (stretch for document in source for stretch in split(document)[0] or [""])
+        texts = (passage for x in stretches for passage in split_long(x, most))
+        seen = 0
+        for tokens in tokens_of(shuffled(texts, rng, _SHUFFLE_CHARS, len), tokenizer):
+            seen += len(tokens)
+            yield tokens
+        if seen < length:
+            raise too_short(f"{source.name} (its training part)", seen, length)

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.data.tokens import TEXT_TOKENS, Openings
+from nuteprune.data.tokens import Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name, evaluating, heads_as_tokens
 from nuteprune.processes import agree
 
+TEXT_TOKENS = 64
+"""Tokens of a plain text at most: many short texts show more of what a model knows than few long
+ones; see docs/log.md."""
 BATCH = 64
 """Texts that are written together; of short ones more, see `plain_together`."""
 SPARE = 1.1

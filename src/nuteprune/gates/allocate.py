@@ -22,10 +22,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.errors import UserError
-from nuteprune.gates.budget import Budget
-from nuteprune.gates.costs import Cost, Goal, Priced
-from nuteprune.gates.masks import Masks
-from nuteprune.gates.options import (
+from nuteprune.gates.allowed_shapes import (
     Constraints,
     Frontier,
     Options,
@@ -35,6 +32,9 @@ from nuteprune.gates.options import (
     shared_options,
     steps_by_price,
 )
+from nuteprune.gates.budget import Budget
+from nuteprune.gates.costs import Cost, Goal, Priced
+from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Scores, chance, layer_masks, top
 from nuteprune.model.shape import LayerShape, Shape
 

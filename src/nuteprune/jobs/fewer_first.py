@@ -19,7 +19,7 @@ from nuteprune.jobs.show import print_tokens
 from nuteprune.jobs.sources import use_family
 from nuteprune.processes import several_started
 from nuteprune.run_folder import RECORD, RUN, SETTINGS
-from nuteprune.train.settings import check_same, declared, read_settings
+from nuteprune.train.declared import check_same, declared, read_settings
 
 
 @contextmanager

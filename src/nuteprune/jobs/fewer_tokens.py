@@ -13,7 +13,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output
-from nuteprune.data.fingerprint import Fingerprint, split
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.held_out import split
 from nuteprune.data.specs import iter_documents
 from nuteprune.data.tokens import bos_of, end_of
 from nuteprune.errors import UserError

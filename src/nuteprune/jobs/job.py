@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.run_folder import RUN, SELF, VOCAB
-from nuteprune.train.prune_settings import RecoverSettings
-from nuteprune.train.settings import CALL, HOW, WHAT, check_declared, declared, option, setting
+from nuteprune.train.declared import CALL, HOW, WHAT, check_declared, declared, option, setting
+from nuteprune.train.settings import RecoverSettings
 
 DTYPES = ("float32", "bfloat16", "float16")
 BITS = (8, 4)

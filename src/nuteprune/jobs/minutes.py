@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.console import Output, duration
-from nuteprune.data.training_text import tokens_to_write
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.folder import is_stated
@@ -28,8 +27,9 @@ from nuteprune.processes import main_ones
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
 from nuteprune.stages.score import stops_before, with_gradients
+from nuteprune.stages.write import tokens_to_write
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.settings import read_settings
+from nuteprune.train.declared import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
 GRADIENTS, BY_LAYER, REFIT, JUDGE = 1.1, 0.75, 0.85, 0.8

@@ -9,8 +9,8 @@ from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
 from nuteprune.judge import protocols
 from nuteprune.run_folder import RUN, SPEED
-from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import check_declared, declared, option, setting
+from nuteprune.train.declared import check_declared, declared, option, setting
+from nuteprune.train.settings import PruneSettings
 
 REPLACE = "Replace the file if it exists."
 TYPES = {"gguf": ("f16", "bf16", "q8_0", "q4_0", "f32"), "onnx": ("f32",)}

@@ -23,7 +23,7 @@ from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.settings import check_same
+from nuteprune.train.declared import check_same
 from nuteprune.train.targets import check_reached
 
 

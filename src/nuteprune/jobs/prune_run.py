@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune.console import Bars, megabytes
-from nuteprune.data.blocks import checked_shares
 from nuteprune.data.fingerprint import Fingerprint, text_entry
 from nuteprune.data.tokens import check_positions
-from nuteprune.data.training_text import GUARD, TrainingText, tokens_to_write
+from nuteprune.data.training_text import TrainingText, checked_shares
 from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
@@ -30,11 +29,11 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN, SELF
-from nuteprune.stages.write import read_written, room, seconds_to_write
+from nuteprune.stages.write import OWN_SHARE, read_written, room, seconds_to_write, tokens_to_write
 from nuteprune.train.checks import check_placement
 from nuteprune.train.config import NutePruneConfig, prune_config
+from nuteprune.train.declared import chosen_settings
 from nuteprune.train.prepare import Prepared, prepare
-from nuteprune.train.settings import chosen_settings
 from nuteprune.train.targets import COUNTED, Target
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -136,7 +135,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     settings = first.settings()
     depend: dict[str, Any] = {x: settings[x] for x in ("model", "dtype", "nuteprune")}
     depend |= {} if job.vocab is None else {"vocab": settings["vocab"]}
-    products = Products(None if job.dry_run else shared, depend, job.resume)
+    products = first.products = Products(None if job.dry_run else shared, depend, job.resume)
     if cut is not None:
         products.costs |= cut["stages"]
         text.training.fingerprint.update(Fingerprint(cut["text"]))
@@ -254,7 +253,7 @@ def mixture(job: PruneJob) -> tuple[list[str], list[float]]:
                 f"out, or add --data {SELF} and its share"
             )
         return specs, list(checked_shares(shares or None, specs))
-    return [*specs, SELF], [(1 - GUARD) / len(specs)] * len(specs) + [GUARD]
+    return [*specs, SELF], [(1 - OWN_SHARE) / len(specs)] * len(specs) + [OWN_SHARE]
 
 
 def own_share(job: PruneJob) -> float:

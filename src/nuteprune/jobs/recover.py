@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nuteprune.console import Bars, Output, dtype_name, megabytes, millions, quiet_loading
-from nuteprune.data.blocks import JUDGED
 from nuteprune.data.examples import Examples, holds_instructions
 from nuteprune.data.fingerprint import text_entry
+from nuteprune.data.training_text import JUDGED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.card import perplexities_of
 from nuteprune.export.checkpoint import as_stored, round_as_stored, save
@@ -38,8 +38,8 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.processes import is_main
 from nuteprune.run_folder import RECORD, RUN
 from nuteprune.train.config import RecoverConfig
+from nuteprune.train.declared import check_same
 from nuteprune.train.recover import RecoverTrainer
-from nuteprune.train.settings import check_same
 
 
 def recover(

@@ -10,9 +10,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output
-from nuteprune.data.blocks import held_out_blocks, training_blocks
 from nuteprune.data.examples import read_examples
+from nuteprune.data.held_out import held_out_blocks
 from nuteprune.data.tokens import check_ids, check_positions
+from nuteprune.data.training_text import training_blocks
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import INSTRUCTIONS, RecoverJob
 from nuteprune.model.anatomy import Anatomy

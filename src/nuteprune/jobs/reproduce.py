@@ -10,8 +10,8 @@ import yaml
 
 from nuteprune.jobs.job import PruneJob, RecoverJob
 from nuteprune.train.asked import KINDS, Asked
-from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import CALL, declared
+from nuteprune.train.declared import CALL, declared
+from nuteprune.train.settings import PruneSettings
 
 OPTIONS = {
     name: x.option

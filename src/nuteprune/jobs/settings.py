@@ -24,8 +24,8 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.train.asked import SETTINGS, check_one
-from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import CALL, declared
+from nuteprune.train.declared import CALL, declared
+from nuteprune.train.settings import PruneSettings
 
 J = TypeVar("J", bound=Job)
 

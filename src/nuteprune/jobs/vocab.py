@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
-from nuteprune.data.training_text import GUARD
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.record import write_pruned
@@ -30,6 +29,7 @@ from nuteprune.run_folder import VOCAB
 from nuteprune.shrink.token_ids import tokens_in, unknown_ids
 from nuteprune.shrink.token_use import expected_use, use_of
 from nuteprune.shrink.vocabulary import Merges, choose
+from nuteprune.stages.write import OWN_SHARE
 
 
 def vocab(
@@ -221,7 +221,7 @@ def _used(anatomy: Anatomy, merges: Merges, text: VocabText) -> list[float]:
     expected_V, flat_V = expected_use(anatomy, text.windows.texts, text.start)
     _, own_V = expected_use(anatomy, text.own, text.start)
     counted_V = torch.tensor([float(text.counted[i]) for i in range(len(flat_V))])
-    return use_of(merges, counted_V, expected_V, flat_V + own_V, GUARD)
+    return use_of(merges, counted_V, expected_V, flat_V + own_V, OWN_SHARE)
 
 
 def _print(job: Job, record: Mapping[str, Any], output: Output) -> None:

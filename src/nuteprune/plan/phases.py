@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from nuteprune.data.blocks import JUDGED
-from nuteprune.data.tokens import TEXT_TOKENS
-from nuteprune.data.training_text import GUARD, tokens_to_write
-from nuteprune.data.writing import plain_together
+from nuteprune.data.training_text import JUDGED
+from nuteprune.data.writing import TEXT_TOKENS, plain_together
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
@@ -34,6 +32,7 @@ from nuteprune.plan.need import (
 )
 from nuteprune.plan.walk import Walk, model_of
 from nuteprune.stages.score import stops_before, with_gradients
+from nuteprune.stages.write import OWN_SHARE, tokens_to_write
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.setup import make_allocator
@@ -104,7 +103,7 @@ class Plan:
     written: torch.dtype
     judged: int | None = None
     stored: torch.dtype | None = None
-    own: float = GUARD
+    own: float = OWN_SHARE
     packed: bool = False
 
     @classmethod

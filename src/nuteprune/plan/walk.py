@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nuteprune.data.blocks import JUDGED
+from nuteprune.data.training_text import JUDGED
 from nuteprune.errors import UserError
 from nuteprune.export.loading import UNREADABLE, class_of
 from nuteprune.gates.masks import Masks

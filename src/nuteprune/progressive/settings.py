@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nuteprune.train.prune_settings import PruneSettings
-from nuteprune.train.settings import setting
+from nuteprune.train.declared import setting
+from nuteprune.train.settings import PruneSettings
 
 
 @dataclass

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nuteprune.data.training_text import calibration_blocks
 from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
@@ -28,6 +27,7 @@ from nuteprune.run import Record, Run
 from nuteprune.run_folder import TEACHERS
 from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.first_stages import calibration_blocks
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.setup import leave_out
 from nuteprune.train.state import RunState

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Progress, silent
-from nuteprune.data.blocks import JUDGED
 from nuteprune.data.prompts import Prompts, make_prompts
 from nuteprune.data.tokens import bos_of
+from nuteprune.data.training_text import JUDGED
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.answers import TOKENS, answer_both, entry_of, pick_samples
 from nuteprune.judge.context import SPANS, copying, cut_blocks, judge_context

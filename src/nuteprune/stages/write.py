@@ -16,6 +16,7 @@ from filelock import FileLock
 from torch.distributed.tensor import DTensor
 
 from nuteprune.data.tokens import Openings, bos_of, end_of, openings, texts_of
+from nuteprune.data.training_text import written_blocks
 from nuteprune.data.writing import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
@@ -27,6 +28,13 @@ from nuteprune.run_folder import SELF_WRITTEN
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+OWN_SHARE = 0.5
+"""Share of the text that the model writes itself, by default. Calibrated on one kind of text alone,
+a model keeps that and forgets the rest; see docs/quality.md."""
+ONCE = 1600
+"""Blocks of training up to which the model writes all of its share: 400 steps of 4."""
+READINGS = 4
+"""How often longer training reads self-written text at most."""
 Progress = Callable[[int, int], None]
 SIGNS = 4096
 """Number of values of each weight whose signs tell one model from another."""
@@ -46,7 +54,7 @@ def write(
 
     A text begins with what the tokenizer begins texts with, or with end-of-text. A drawn token
     follows, each time another one (`tokens.TEMPERATURE`). The model ends the text, after
-    `tokens.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
+    `writing.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
     the model writes a user's question and the answer, of a block's length at most.
 
     The file is written batch by batch. A second call with the same arguments keeps whole batches
@@ -104,6 +112,19 @@ def write(
     while _tokens(found[:-1]) >= tokens:  # of a call that asked for more
         del found[-1]
     return [ids for batch in found for ids in batch]
+
+
+def tokens_to_write(blocks: int, calibrated: int, share: float, length: int) -> int:
+    """Return how many tokens a model writes itself.
+
+    Args:
+        blocks: how many the run reads.
+        calibrated: how many of these it reads before the first step.
+        share: the model's share of the run's blocks.
+        length: tokens per block.
+    """
+    once = max(calibrated, min(blocks, ONCE))
+    return written_blocks(max(1, round(share * max(once, blocks / READINGS)))) * length
 
 
 def _how(

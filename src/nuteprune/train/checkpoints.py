@@ -36,8 +36,8 @@ from nuteprune.model.forwards import special_tokens_kept
 from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN, SETTINGS
 from nuteprune.train.config import RunArguments
+from nuteprune.train.declared import check_same, run_settings
 from nuteprune.train.publish import PushesCheckpoint
-from nuteprune.train.settings import check_same, run_settings
 from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
 
 PARTIAL = ".partial"

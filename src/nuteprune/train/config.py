@@ -13,8 +13,8 @@ from nuteprune.distill.coforward import RELATIVE, TEXT, Objective
 from nuteprune.errors import UserError
 from nuteprune.gates.importance import METHODS
 from nuteprune.train.checks import check_combinations, check_trainer_settings
-from nuteprune.train.prune_settings import PruneSettings, RecoverSettings
-from nuteprune.train.settings import check_declared, setting
+from nuteprune.train.declared import check_declared, setting
+from nuteprune.train.settings import PruneSettings, RecoverSettings
 
 FALLS_LATE = {"power": 0.5, "lr_end": 0.0}
 """`lr_scheduler_kwargs` of `polynomial` by default: the square root of what is left."""

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.errors import UserError
@@ -27,11 +26,9 @@ from nuteprune.simulated import has_data
 from nuteprune.stages import Prunable
 from nuteprune.train.checks import check_checkpointing, check_given, check_placement
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.settings import RATE
 from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora
 from nuteprune.train.targets import Prices, Target, run_targets
-
-RATE: Final = 4e-4
-"""Learning rate of LoRA for projections of gain 1, whose outputs are as large as their inputs."""
 
 
 @dataclass(frozen=True)
@@ -237,9 +234,7 @@ def prepare(
     check_stock(dense, allocator, goals[-1].goal)
     if args.learning_rate is None:
         args.learning_rate = usual_rate(dense)
-    model.requires_grad_(False)
     silence_dropout(model)
-    set_seed(args.seed)  # LoRA starts from random values
     peft_model = with_lora(dense, args)
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)

@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import set_seed
 
 from nuteprune.data.examples import pad
 from nuteprune.distill.losses import Head, language_model_loss
@@ -62,8 +61,6 @@ class RecoverTrainer(AtomicTrainer):
         check_given(model, kwargs)
         if hasattr(train_dataset, "__len__") and not len(train_dataset):
             raise UserError("train_dataset is empty: pass items with input_ids and labels")
-        model.requires_grad_(False)
-        set_seed(args.seed)  # LoRA starts from random values
         wrapped = with_lora(Anatomy(model), args)
         leave_out(wrapped)
         self.anatomy = Anatomy(wrapped)

@@ -1,251 +1,200 @@
-"""How a setting is declared, and how run/settings.json keeps those of a run.
+"""All settings of a run that prunes, each declared once: what a recipe may set.
 
-A declaration has name, default, help, choices, bounds and option in one place. Settings are fields
-of dataclasses: `train.config` declares those of a run, `jobs.job` those of a whole job. Checks, the
-command line, YAML files, `--set`, records and commands that reproduce a run are derived from the
-declarations. Resuming, reports and records read run/settings.json.
+Nothing heavy is imported, since help, usage errors and most refusals come from here alone.
+`train.config.NutePruneConfig` adds what `transformers.TrainingArguments` has.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, replace
-from enum import Enum
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from itertools import pairwise
+from math import lcm
+from typing import Any
 
 from nuteprune.errors import UserError
-from nuteprune.files import to_json
-from nuteprune.run_folder import CHECKPOINT, SETTINGS
+from nuteprune.gates import METHOD, METHOD_NAMES
+from nuteprune.model.family import GATE_KINDS
+from nuteprune.model.shape import SUPER_BLOCK
+from nuteprune.train.asked import DECODE, KINDS, MOMENT, Asked, all_asked, check_one, sparsities
+from nuteprune.train.declared import CALL, HOW, check_declared, option, setting
 
-if TYPE_CHECKING:
-    from nuteprune.train.config import RunArguments
+RATE = 4e-4
+"""Learning rate of LoRA for projections whose outputs are as large as their inputs; see
+`train.prepare.usual_rate`."""
 
-WHAT, HOW, CALL = "what a run is", "how it is done", "what one call does"
-"""Roles of a setting: a run is resumed with the same `WHAT`; the record keeps `HOW` as well."""
-TRAINER_BOUNDS: Mapping[str, tuple[float, float]] = {
-    "gradient_accumulation_steps": (1, 1e6),
-    "per_device_train_batch_size": (1, 1e6),
-    "learning_rate": (1e-12, 1e3),
-    "save_steps": (1e-6, 1e9),
-    "logging_steps": (1e-6, 1e9),
-    "warmup_steps": (0, 1e9),
-    "dataloader_num_workers": (0, 1024),
-    "weight_decay": (0, 1e3),
-    "max_grad_norm": (1e-12, 1e12),
-    "adam_beta1": (0, 1 - 1e-9),
-    "adam_beta2": (0, 1 - 1e-9),
-    "adam_epsilon": (0, 1),
-}
-"""Smallest and largest value of what `transformers.TrainingArguments` declares without any."""
-SCHEMA = 2
-"""Version of the file; 0.1.0 wrote one without."""
-LEARNS = (
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-)
-"""transformers' settings that decide what is learned; the others only decide how."""
-NOT_KEPT = frozenset(
-    (
-        *("output_dir", "disable_tqdm", "use_cpu", "logging_dir", "report_to", "debug"),
-        *("dataloader_pin_memory", "accelerator_config", "sharded"),
-        "costs",  # a table as a whole: jobs keep the name of its file, and a hash
-        "ddp_find_unused_parameters",  # follows from the type of gates
-        # What newer releases of transformers call gradient_checkpointing too.
-        *("activation_checkpointing", "activation_checkpointing_kwargs"),
-        "hub_token",  # a secret
+
+@dataclass
+class PruneSettings:
+    """Settings of a run that prunes; see `train.config.NutePruneConfig`."""
+
+    target_sparsity: float | str | list[float] = option(
+        "Share of the decoder layers' parameters to remove, such as 0.2 (demo's default). "
+        "Several (0.2,0.3,0.5) give several checkpoints from one run.",
+        0.2,
     )
-)
-"""Settings that change no result, or that are nobody else's business."""
+    target_params: float | str | list[Any] | None = option(
+        "Parameters of the result, instead of --sparsity, such as 100M; tied ones count once."
+    )
+    target_active_params: float | str | list[Any] | None = option(
+        "Active parameters of the result, instead of --sparsity, such as 3B: those that one token "
+        "uses in a mixture of experts."
+    )
+    target_size: float | str | list[Any] | None = option(
+        "Size of the result's weight file, instead of --sparsity, such as 200MB or 190MiB; in "
+        "the checkpoint's dtype."
+    )
+    target_memory: float | str | list[Any] | None = option(
+        "Memory of the result's weights and KV cache, instead of --sparsity: 4GiB@8192 is 4 GiB "
+        "with 8192 tokens cached, 4GiB@2x8192 with two such sequences; in the checkpoint's dtype."
+    )
+    target_speedup: float | str | list[Any] | None = option(
+        "Speed to end at, instead of --sparsity, as a multiple of the dense model's: 1.5 is for "
+        f"{DECODE} at {MOMENT} (sequences x prompt tokens + new tokens), 1.5@prefill, 1.5@both or "
+        "1.5@prefill:1x512+64 for other work. Measured on the run's device, or by --costs. Whole "
+        "blocks may go too."
+    )
+    costs: dict[str, Any] | str | None = option(
+        "For --speedup: a table of block times, from nuteprune bench MODEL --save-costs FILE "
+        "on any machine. Default: the run measures them.",
+        role=CALL,
+    )
+    shape: dict[str, Any] | str | None = option(
+        "YAML or JSON file with the dimensions to cut to, instead of --sparsity. Another "
+        "checkpoint's nuteprune.json works too."
+    )
+    gates: str | None = option(
+        f"Kinds of gates, comma separated: {', '.join(GATE_KINDS)}. Default: heads (KV groups "
+        "where heads share one) and neurons; of a mixture of experts, experts."
+    )
+    shapes: str = option(
+        "free (default): each layer keeps its own counts. uniform: the same in all layers, a "
+        "stock model.",
+        "free",
+        choices=("free", "uniform"),
+    )
+    neuron_multiple: int = setting(
+        "Each layer keeps a multiple of this many neurons.", 32, bounds=(1, 1e6)
+    )
+    hidden_multiple: int = setting("The width stays a multiple of this.", 64, bounds=(1, 1e6))
+    for_quantization: bool = setting(
+        f"Neurons and width in multiples of {SUPER_BLOCK}, which llama.cpp's K-quants need.", False
+    )
 
+    method: str = option(
+        f"How units are ranked (default {METHOD}): {', '.join(METHOD_NAMES)}.",
+        METHOD,
+        choices=METHOD_NAMES,
+    )
+    calibration_blocks: int = setting(
+        "Blocks of text for the scores; the refit reads 4.5 times as many.", 32, bounds=(1, 1e6)
+    )
+    text_blocks: int | None = setting(
+        "Blocks of text that the run reads. Default: as many as it needs.", bounds=(1, 1e9)
+    )
+    teacher: str = setting(
+        "Who teaches: dense, or none (learn the text itself).", "dense", choices=("dense", "none")
+    )
+    progressive: bool = setting(
+        "Masks move while the student learns, as in the paper: see recipes/paper.yaml and "
+        "nuteprune.progressive.",
+        False,
+    )
+    lora_rank: int = setting("Rank of the adapters.", 32, bounds=(1, 1e5))
+    refit: bool = setting(
+        "Refit output and down projections in closed form once units are chosen.", True
+    )
+    sharded: bool = setting("Shard the dense model's weights over the processes (FSDP2).", False)
+    offload: bool = option(
+        "Keep the dense model's layers in main memory or on disk; each comes to the device as it "
+        "is needed.",
+        False,
+        role=HOW,
+    )
 
-@dataclass(frozen=True)
-class Setting:
-    """A setting as it was declared: what `setting` was given, the name and the type's text."""
+    # Of TrainingArguments: those that recipes set, or that have an option.
+    max_steps: int = option(
+        "Optimizer steps (default {default}; demo: what --minutes 5 has time for). 0 prunes "
+        "without training.",
+        160,
+        bounds=(0, 1e9),
+        name="--steps",
+        role=HOW,
+    )
+    per_device_train_batch_size: int = option(
+        "Sequences per forward pass of each process (default {default}; demo 2, with 2 "
+        "accumulated).",
+        4,
+        bounds=(1, 1e6),
+        name="--batch-size",
+        role=HOW,
+    )
+    gradient_accumulation_steps: int = setting("Forward passes per step.", 1, role=HOW)
+    learning_rate: float | None = setting(
+        "Learning rate of LoRA. By default it goes with the size of the weights: 0.002 for the "
+        "demo's model, 0.0004 where projections give as much as they take.",
+        bounds=(1e-12, 1e3),
+    )
+    gradient_checkpointing: bool | None = option("Less memory, more time.", role=HOW)
+    seed: int = setting("Seed of everything random.", 42, bounds=(0, 2**31 - 1))
 
-    default: Any
-    help: str
-    choices: tuple[Any, ...]
-    bounds: tuple[float, float] | None
-    option: str | None
-    role: str
-    name: str = ""
-    hint: str = ""
+    def __post_init__(self) -> None:
+        """Check what was given.
+
+        Raises:
+            UserError: naming a setting that cannot work.
+        """
+        check_declared(self)
+        for kind in (self.gates or "").split(",") if self.gates else ():
+            if kind.strip() not in GATE_KINDS:
+                known = ", ".join(GATE_KINDS)
+                raise UserError(f"{kind.strip()!r} is not a kind of gate; known kinds: {known}")
+        if self.for_quantization:
+            self.neuron_multiple = lcm(self.neuron_multiple, SUPER_BLOCK)
+            self.hidden_multiple = lcm(self.hidden_multiple, SUPER_BLOCK)
+        self._spell_targets()
+        self._check_targets()
+
+    def _spell_targets(self) -> None:
+        """Bring targets into their canonical spelling, for the record."""
+        default = PruneSettings.target_sparsity  # which says nothing
+        given = {k: v for k, v in vars(self).items() if (k, v) != ("target_sparsity", default)}
+        check_one(given, ["target_sparsity", *(f"target_{x}" for x in KINDS), "shape"])
+        targets = self.targets
+        self.target_sparsity = targets[0] if len(targets) == 1 else list(targets)
+        *larger, last = self.asked
+        if last.kind in KINDS:
+            told = [*(x.text for x in larger), last.text + last.at]
+            setattr(self, f"target_{last.kind}", told if larger else told[0])
+
+    def _check_targets(self) -> None:
+        """Refuse targets outside (0, 1), or in falling order."""
+        for target in self.targets:
+            if not 0 < target < 1:
+                raise UserError(
+                    f"sparsity is {target:g}; it must lie between 0 and 1, such as 0.2 for 20 %"
+                )
+        if any(a >= b for a, b in pairwise(self.targets)):
+            told = ", ".join(f"{t:g}" for t in self.targets)
+            raise UserError(f"targets are {told}; they must grow")
 
     @property
-    def word(self) -> str:
-        """What users call it: its option without dashes, where it has one."""
-        return self.option.removeprefix("--").replace("-", "_") if self.option else self.name
+    def targets(self) -> tuple[float, ...]:
+        """The sparsities to reach, growing, where it is sparsity that is asked for."""
+        return sparsities(self.target_sparsity)
 
     @property
-    def flag(self) -> bool:
-        """Whether its option stands alone, without a value."""
-        return self.option is not None and self.hint.startswith("bool")
-
-    @property
-    def several(self) -> bool:
-        """Whether its option may be repeated."""
-        return self.option is not None and "list[str]" in self.hint
+    def asked(self) -> tuple[Asked, ...]:
+        """The targets, the largest model first; a chosen shape replaces them."""
+        for kind in KINDS:
+            if (given := getattr(self, f"target_{kind}")) is not None:
+                return all_asked(kind, given)
+        return tuple(Asked("sparsity", value) for value in self.targets)
 
 
-_FACTS: dict[Field[Any], Setting] = {}
-# Not in the fields' metadata: transformers.HfArgumentParser passes all of that on to argparse.
-_ITS_NAME = "--"
+@dataclass
+class RecoverSettings:
+    """What a recovery's trainer and its job have in common."""
 
-
-def setting(
-    help: str,
-    default: Any = None,
-    *,
-    choices: Sequence[Any] = (),
-    bounds: tuple[float, float] | None = None,
-    role: str = WHAT,
-    name: str | None = None,
-) -> Any:
-    """Declare a field of a dataclass as a setting; `--set` reaches it.
-
-    Args:
-        help: one line for the user; `{default}` in it stands for the default.
-        default: its default; MISSING: it must be given.
-        choices: the values that it may have.
-        bounds: its smallest and largest value.
-        role: `WHAT`, `HOW` or `CALL`.
-        name: its option on the command line; None: it has none. See `option`.
-    """
-    told = help.replace("{default}", str(default))
-    made: Field[Any] = field(default=default, metadata={"help": told})
-    _FACTS[made] = Setting(default, told, tuple(choices), bounds, name, role)
-    return made
-
-
-def option(help: str, default: Any = None, *, name: str = _ITS_NAME, **facts: Any) -> Any:
-    """Declare a setting that has an option on the command line; see `setting`.
-
-    An option of type `bool` stands alone, without a value; one whose type has `list[str]` may be
-    repeated.
-
-    Args:
-        help: as for `setting`.
-        default: as for `setting`.
-        name: such as `--steps`; by default the field's own, without `target_`.
-        **facts: as for `setting`.
-    """
-    return setting(help, default, name=name, **facts)
-
-
-def declared(kind: type) -> dict[str, Setting]:
-    """Return the settings that a dataclass declares by `setting`, by name, in their order."""
-    found = {}
-    for x in dataclasses.fields(kind):
-        if (fact := _FACTS.get(x)) is not None:
-            called = x.name.removeprefix("target_").replace("_", "-")
-            option = f"--{called}" if fact.option == _ITS_NAME else fact.option
-            found[x.name] = replace(fact, name=x.name, hint=str(x.type), option=option)
-    order: dict[str, None] = {}
-    for base in reversed(kind.__mro__):  # what a class declares anew stands where it does that
-        for name in inspect.get_annotations(base):
-            order.pop(name, None)
-            order[name] = None
-    return {name: found[name] for name in order if name in found}
-
-
-def check_declared(settings: Any) -> None:
-    """Refuse values that a setting's declaration rules out; its class checks None.
-
-    Raises:
-        UserError: naming the setting and what it may be.
-    """
-    ours = declared(type(settings))
-    for name, x in ours.items():
-        value = getattr(settings, name)
-        if x.choices and value is not None and value not in x.choices:
-            raise UserError(f"{name} is {value!r}; must be one of {', '.join(map(str, x.choices))}")
-    bounds = {name: x.bounds for name, x in ours.items() if x.bounds is not None}
-    for name, (low, high) in {**TRAINER_BOUNDS, **bounds}.items():
-        value = getattr(settings, name, None)
-        if value is not None and not low <= value <= high:  # nor is it a number if it has no order
-            limit = f"at most {high:g}" if value > high else f"at least {low:g}"
-            raise UserError(f"{name} is {value}; it must be {limit}")
-
-
-def run_settings(args: RunArguments, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run: the declared ones, and others that were set.
-
-    Args:
-        args: the trainer's settings.
-        job: the job's: model, data and so on; empty in a loop of one's own.
-
-    Returns:
-        Name -> value, fit for JSON.
-    """
-    kept = {name for name, x in declared(type(args)).items() if x.role != CALL}
-    kept |= {*LEARNS, *chosen_settings(args)}
-    found = {name: getattr(args, name) for name in sorted(kept)}
-    plain = {k: v.value if isinstance(v, Enum) else v for k, v in {**job, **found}.items()}
-    about = {"schema": SCHEMA, "nuteprune": version("nuteprune")}
-    about["sequences_per_step"] = args.sequences_per_step
-    settings: dict[str, Any] = json.loads(to_json({**about, **plain}))
-    return settings
-
-
-def chosen_settings(args: RunArguments) -> dict[str, Any]:
-    """Return the settings that are not defaults, as far as they are for the record."""
-    found = {}
-    for x in dataclasses.fields(args):
-        default = x.default if x.default_factory is dataclasses.MISSING else x.default_factory()
-        value, usual = getattr(args, x.name), (default, args.FOLLOWING.get(x.name), None)
-        if x.init and x.name not in NOT_KEPT and value not in usual:
-            found[x.name] = value
-    return found
-
-
-def read_settings(run: Path) -> dict[str, Any]:
-    """Return the settings of a run from its folder.
-
-    Args:
-        run: the folder of its checkpoints.
-
-    Raises:
-        UserError: if that is not there, damaged, or of a release that this one cannot go on with.
-    """
-    path = run / SETTINGS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{run} has no {SETTINGS}, which says what the run is: keep it beside {CHECKPOINT}N"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(settings, dict) or settings.get("schema") != SCHEMA:
-        raise UserError(
-            f"the run in {run} was begun by another release of nuteprune, most likely 0.1.0: "
-            "finish it with that release, or start anew with --overwrite"
-        )
-    return settings
-
-
-def check_same(run: Path, now: Mapping[str, Any], *kinds: type, also: Iterable[str] = ()) -> None:
-    """Refuse to resume a run with other settings than its own.
-
-    Args:
-        run: the folder of its checkpoints.
-        now: `run_settings` of the new command.
-        kinds: the dataclasses that declare its settings; what they do not declare may differ.
-        also: settings that may not differ, though they say how a run goes.
-
-    Raises:
-        UserError: naming the first setting that differs.
-    """
-    before = read_settings(run)
-    compared = {k for kind in kinds for k, x in declared(kind).items() if x.role == WHAT}
-    for key in sorted(compared | set(LEARNS) | set(also)):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"the run in {run} was started with {key} {before.get(key)}, not {now.get(key)}: "
-                "resume with its own settings, or start anew with --overwrite"
-            )
+    lora_rank: int = option(
+        "Rank of LoRA, on all projections (default {default}).", 8, bounds=(1, 1e5)
+    )

@@ -11,15 +11,16 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers.trainer_utils import set_seed
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
 from nuteprune.gates.allocate import Allocator
+from nuteprune.gates.allowed_shapes import Constraints
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.importance import check_scorable
 from nuteprune.gates.masks import Layout
-from nuteprune.gates.options import Constraints
 from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
@@ -224,7 +225,12 @@ def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftModel:
-    """Wrap a model with a run's LoRA: on all projections, or on those that make Q and V."""
+    """Freeze a model and put a run's LoRA on it, from random values of the run's seed.
+
+    LoRA is on all projections, or on those that make Q and V. It alone is trained.
+    """
+    dense.model.requires_grad_(False)
+    set_seed(args.seed)
     more: dict[str, Any] = (
         {"queries_and_values": args.has_narrow_lora}
         if isinstance(args, NutePruneConfig)

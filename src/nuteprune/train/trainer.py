@@ -18,8 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Progress, silent
-from nuteprune.data.blocks import collated
-from nuteprune.data.training_text import check_text
+from nuteprune.data.training_text import collated
 from nuteprune.distill.coforward import text_loss
 from nuteprune.distill.losses import Head
 from nuteprune.errors import UserError
@@ -32,10 +31,10 @@ from nuteprune.run_folder import SETTINGS
 from nuteprune.stages.save import save
 from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.cut import Cut
+from nuteprune.train.declared import chosen_settings
 from nuteprune.train.distiller import Distiller
+from nuteprune.train.first_stages import FirstStages, check_text
 from nuteprune.train.prepare import Prepared, prepare
-from nuteprune.train.settings import chosen_settings
 from nuteprune.train.targets import Target
 
 
@@ -83,7 +82,7 @@ class NutePruneTrainer(Distiller):
             check_text(train_dataset, alike=collator is collated)
         if isinstance(model, PreTrainedModel):
             model = prepare(model, args, stored_dtype, kwargs)
-        self.goal, self.weights, self._products = goal or model.goals[-1], weights, products
+        self.goal, self.weights, self.products = goal or model.goals[-1], weights, products
         self.sliced: Sliced | None = None
         self._progress, self._used_up = progress, False
         self.add_to(model, args)
@@ -138,10 +137,10 @@ class NutePruneTrainer(Distiller):
             self.ready.bank.install(self.weights)
             self.weights = None
 
-    def stages_before(self, resumes: bool) -> Cut:
+    def stages_before(self, resumes: bool) -> FirstStages:
         """Return the stages before the first step; see `begin`."""
-        products = self._products or Products(self.run_folder, self.settings(), resumes)
-        return Cut(self.ready, self.args, self.train_dataset, products, self._progress)
+        products = self.products or Products(self.run_folder, self.settings(), resumes)
+        return FirstStages(self.ready, self.args, self.train_dataset, products, self._progress)
 
     def check_optimizer(self) -> None:
         """Make optimizer, schedule and loader once, so that settings fail before a run begins."""

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nuteprune.data.blocks import held_out_blocks
+from nuteprune.data.held_out import held_out_blocks
 from nuteprune.errors import UserError
+from nuteprune.judge.eval_text import cut, make_blocks, rows_of
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.protocols import PROTOCOLS, changed, protocol_named
-from nuteprune.judge.texts import cut, make_blocks, rows_of
 
 
 @pytest.fixture(scope="module")

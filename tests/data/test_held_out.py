@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from nuteprune.data import fingerprint, readers
-from nuteprune.data.fingerprint import HELD_OUT_SHARE, held_out_part, split, split_long
+from nuteprune.data.held_out import HELD_OUT_SHARE, held_out_part, split
+from nuteprune.data.readers import split_long
 from nuteprune.data.specs import iter_documents
 
 

@@ -1,4 +1,4 @@
-"""The ways to keep part of a block, and the least loss for each amount that all blocks give up.
+"""The sizes that a block may have, and the least loss for each amount that all blocks give up.
 
 A block has few options, and layers are independent, so dynamic programming is exact.
 

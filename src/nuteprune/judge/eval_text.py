@@ -1,4 +1,4 @@
-"""The texts that perplexity is measured on, read and cut into blocks by a protocol.
+"""The texts that `eval` measures perplexity on, read and cut into blocks by a protocol.
 
 Shape suffixes: N blocks, T tokens of a block.
 """
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nuteprune.data.fingerprint import Fingerprint, held_out_part
+from nuteprune.data.fingerprint import Fingerprint
+from nuteprune.data.held_out import held_out_part
 from nuteprune.data.readers import Documents
 from nuteprune.data.specs import iter_documents, local_files
 from nuteprune.data.tokens import after, bos_of, collect, tokens_of, too_short
@@ -150,7 +151,7 @@ def make_blocks(
     most = protocol.blocks
     needed = sys.maxsize if most is None else protocol.length + stride * (most - 1)
     bos: list[int] = []
-    if joining == END_OF_TEXT:  # as `data.blocks` makes its blocks
+    if joining == END_OF_TEXT:  # as `data.training_text` makes its blocks
         bos = bos_of(tokenizer)
         special_tokens, documents = bool(bos), tokens_of(rows, tokenizer)
     else:  # published protocols have bos at the very start alone
