@@ -42,7 +42,7 @@ from nuteprune.data.specs import DEMO
 from nuteprune.files import file_sum
 from nuteprune.gates import METHOD
 from nuteprune.gates.importance import METHODS
-from nuteprune.jobs.settings import read_assignments, read_given
+from nuteprune.jobs.read_settings import read_assignments, read_given
 from nuteprune.jobs.sources import pick_device
 from nuteprune.train.config import NutePruneConfig
 

@@ -34,7 +34,7 @@ from nuteprune.export.loading import unfilled
 from nuteprune.files import file_sum
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.costs import Goal, Seconds, seconds_of
-from nuteprune.jobs.settings import read_assignments, read_given
+from nuteprune.jobs.read_settings import read_assignments, read_given
 from nuteprune.jobs.speed import write_table
 from nuteprune.jobs.timing import Computing, conditions, measure
 from nuteprune.judge import bench as speed

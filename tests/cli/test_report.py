@@ -13,7 +13,7 @@ import pytest
 from nuteprune.console import Output
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.settings import read_given, read_mapping
+from nuteprune.jobs.read_settings import read_given, read_mapping
 from nuteprune.jobs.show import print_report
 from nuteprune.train.config import NutePruneConfig
 from tests.conftest import Run, json_line

@@ -17,7 +17,7 @@ from nuteprune.console import Output
 from nuteprune.jobs import speed, timing
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import trainer_config
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.read_settings import make_job
 from nuteprune.jobs.sources import load_model
 from nuteprune.judge.bench import Timing
 from nuteprune.judge.work import Workload

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.export.checkpoint import save
 from nuteprune.export.clients import warnings
-from nuteprune.export.gguf.choose import ModelFacts
+from nuteprune.export.gguf.refusals import ModelFacts
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from tests.greedy import continuation

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from nuteprune.data import fingerprint, readers
+from nuteprune.data import readers
 from nuteprune.data.held_out import HELD_OUT_SHARE, held_out_part, split
 from nuteprune.data.readers import split_long
 from nuteprune.data.specs import iter_documents
@@ -158,7 +158,7 @@ def test_passages_that_are_all_the_same_are_on_one_side() -> None:
 def test_a_document_that_readers_cut_is_split_as_its_parts_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fingerprint, "MAX_DOCUMENT_CHARS", 30_000)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARS", 30_000)
     document = book(1)
     cut = split_long(document)
     assert len(cut) > 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
-from nuteprune.data import fingerprint, readers
+from nuteprune.data import readers
 from nuteprune.data.held_out import held_out_blocks
 from nuteprune.data.specs import iter_documents
 from nuteprune.data.training_text import training_blocks
@@ -45,7 +45,7 @@ class TestDocuments:
     def test_a_long_document_comes_in_pieces_cut_at_white_space(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fingerprint, "MAX_DOCUMENT_CHARS", 10)
+        monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARS", 10)
         text = "some words " + "x" * 25 + " and more"
         for spec in (write_text(tmp_path, [text]), write_rows(tmp_path, [{"text": text}])):
             pieces = only(spec)

@@ -9,7 +9,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from nuteprune.export.clients import warnings
-from nuteprune.export.gguf.choose import ModelFacts
+from nuteprune.export.gguf.refusals import ModelFacts
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.shape import LayerShape, Shape
 from tests.forked import python

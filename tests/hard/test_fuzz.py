@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nuteprune.cli.app import main
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.settings import read_given, read_mapping
+from nuteprune.jobs.read_settings import read_given, read_mapping
 from nuteprune.train.config import NutePruneConfig
 from tests.unplanned import leave_unplanned
 

@@ -12,7 +12,7 @@ from nuteprune.files import at_home
 from nuteprune.jobs.folder import clear_result
 from nuteprune.jobs.guard import alone, check_file, check_out, check_writable, nothing_left
 from nuteprune.jobs.job import Job, PruneJob, VocabJob
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.read_settings import make_job
 
 
 @pytest.fixture(autouse=True)

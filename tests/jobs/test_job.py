@@ -18,7 +18,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
 from nuteprune.jobs.options import TYPES
 from nuteprune.jobs.prune_run import mixture, recorded
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.read_settings import make_job
 from nuteprune.progressive.config import GATE_TYPES, OBJECTIVES
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.run_folder import SELF

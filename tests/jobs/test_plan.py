@@ -25,7 +25,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Devices, _with, config_of, run
 from nuteprune.jobs.planned import in_bits
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.read_settings import make_job
 from nuteprune.model.lookup import WRAPPERS
 from nuteprune.plan.live import Live
 from nuteprune.plan.need import (

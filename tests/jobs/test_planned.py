@@ -20,7 +20,7 @@ from nuteprune.data.training_text import BlockDataset
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.planned import Rate, print_dry_run
 from nuteprune.jobs.prune_run import trainer_config
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.read_settings import make_job
 from nuteprune.plan.need import Need, Unplanned, on_cpu
 from nuteprune.plan.phases import Phase, Plan
 from nuteprune.plan.walk import Walk

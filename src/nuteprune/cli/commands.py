@@ -19,7 +19,7 @@ from nuteprune.jobs.folder import DEMOS, demo_folder
 from nuteprune.jobs.guard import check_file, check_free, check_writable
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob
 from nuteprune.jobs.options import Benchmark, Evaluation, Exporting, Writing
-from nuteprune.jobs.settings import check_target, make_job
+from nuteprune.jobs.read_settings import check_target, make_job
 from nuteprune.train.asked import value_of
 from nuteprune.train.settings import PruneSettings
 

@@ -8,7 +8,7 @@ from itertools import islice
 
 from nuteprune.errors import UserError, some
 from nuteprune.export.config import INVERSE_DIVISOR
-from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
+from nuteprune.export.gguf.refusals import ModelFacts, choose_architecture
 from nuteprune.export.gguf.rows import check_rows, padded_shape, torn_rows
 from nuteprune.export.onnx import obstacles
 

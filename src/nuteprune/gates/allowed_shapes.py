@@ -55,8 +55,8 @@ class Constraints:
 
     kinds: tuple[str, ...]
     uniform: bool = False
-    neuron_multiple: int = 32
-    hidden_multiple: int = 64
+    neuron_multiple: int = 1
+    hidden_multiple: int = 1
     floor: Shape | None = None
     unstated: frozenset[int] = frozenset()
     others: tuple[str, ...] = ()

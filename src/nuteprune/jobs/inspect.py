@@ -14,7 +14,7 @@ from nuteprune.console import Output, millions
 from nuteprune.export.card import perplexities_of, since_dense
 from nuteprune.export.checkpoint import recount
 from nuteprune.export.clients import warnings
-from nuteprune.export.gguf.choose import ModelFacts
+from nuteprune.export.gguf.refusals import ModelFacts
 from nuteprune.export.loading import class_of, load_config, one_line
 from nuteprune.export.record import read_record
 from nuteprune.gates.budget import Budget

@@ -17,7 +17,7 @@ from nuteprune.jobs import guard
 from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
-from nuteprune.jobs.settings import check_target, make_job
+from nuteprune.jobs.read_settings import check_target, make_job
 from nuteprune.jobs.show import print_plan, print_report, print_result
 from nuteprune.processes import is_main, several_started
 from nuteprune.run import Run

@@ -23,7 +23,7 @@ from nuteprune.export.record import read_record
 from nuteprune.files import at_home, file_sum, to_json
 from nuteprune.jobs import sources
 from nuteprune.jobs.job import PruneJob, what_it_is
-from nuteprune.jobs.settings import settings_of_user
+from nuteprune.jobs.read_settings import settings_of_user
 from nuteprune.jobs.show import StepProgress
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products

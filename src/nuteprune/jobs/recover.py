@@ -28,8 +28,8 @@ from nuteprune.jobs import sources
 from nuteprune.jobs.folder import clear, clear_result, goes_on
 from nuteprune.jobs.guard import alone, check_out, nothing_left
 from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
+from nuteprune.jobs.read_settings import make_job, settings_of_user
 from nuteprune.jobs.recover_text import check_room, judged_text, training_text
-from nuteprune.jobs.settings import make_job, settings_of_user
 from nuteprune.jobs.show import StepProgress
 from nuteprune.judge.context import copying
 from nuteprune.judge.perplexity import mean, perplexities, protocol

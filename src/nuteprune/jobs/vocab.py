@@ -21,7 +21,7 @@ from nuteprune.jobs.fewer_tokens import Cutter, Smaller, VocabText, costs, read_
 from nuteprune.jobs.folder import clear
 from nuteprune.jobs.guard import alone, check_out
 from nuteprune.jobs.job import Job, VocabJob, tokens_asked
-from nuteprune.jobs.settings import make_job
+from nuteprune.jobs.read_settings import make_job
 from nuteprune.jobs.sources import around, load_model, load_tokenizer, origin, stored_dtype
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.products import Products

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.architectures import Architecture
 from nuteprune.export.gguf.block_tensors import taps_of
-from nuteprune.export.gguf.choose import ModelFacts, expert_period
+from nuteprune.export.gguf.refusals import ModelFacts, expert_period
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.shape import Shape
 

@@ -24,7 +24,7 @@ from nuteprune.export.gguf.block_tensors import (
     mixer_tensors,
     values_of,
 )
-from nuteprune.export.gguf.choose import ModelFacts
+from nuteprune.export.gguf.refusals import ModelFacts
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.shape import LayerShape, Shape, axis_sizes

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.architectures import Architecture
 from nuteprune.export.gguf.block_tensors import Array, Named
-from nuteprune.export.gguf.choose import ModelFacts, choose_architecture
 from nuteprune.export.gguf.metadata import context_length, model_keys
+from nuteprune.export.gguf.refusals import ModelFacts, choose_architecture
 from nuteprune.export.gguf.rows import BLOCK, check_rows, padded_shape, torn_rows
 from nuteprune.export.gguf.tensors import all_tensors
 from nuteprune.export.gguf.tokenizer import KEY, check_vocabulary, name_that_strips, read_vocabulary

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nuteprune.data.held_out import held_out_blocks
 from nuteprune.errors import UserError
-from nuteprune.judge.eval_text import cut, make_blocks, rows_of
 from nuteprune.judge.perplexity import perplexity
+from nuteprune.judge.protocol_text import cut, make_blocks, rows_of
 from nuteprune.judge.protocols import PROTOCOLS, changed, protocol_named
 
 
