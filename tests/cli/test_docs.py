@@ -221,7 +221,7 @@ def test_the_loop_of_the_page_runs_as_it_stands(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = "docs/stages.md"
-    code = block_with(page, "from nuteprune.data.training_text import")
+    code = block_with(page, "NutePruneTrainer, training_blocks")
     assert code.count('"Qwen/Qwen3-0.6B"') == 2
     assert "max_steps=400," in code
     small = "max_steps=1, neuron_multiple=4, calibration_blocks=2,"
