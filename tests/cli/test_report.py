@@ -57,7 +57,7 @@ def test_a_run_its_report_and_the_same_run_by_the_reports_command(
     assert code == 0
     written = json_line(out)
     assert written["report"] == str(tmp_path / "out/run/report.html")
-    names = {"layers", "loss", "perplexity"}
+    names = {"layers", "loss"}
     assert {Path(path).stem for path in written["plots"]} == names
     card = Path("out/README.md").read_text()
     assert "license: mit" in card

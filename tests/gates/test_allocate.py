@@ -319,7 +319,7 @@ def test_models_of_billions_come_within_a_tenth_of_a_point(
     whole = Shape(4096, (LayerShape(32, kv_heads, neurons),) * 32)
     budget = Budget(family, whole, 128, {p.path: False for p in family.projections})
     kinds = ("heads" if kv_heads == 32 else "kv_groups", "neurons")
-    allocator = Allocator(budget, Constraints(kinds, uniform))
+    allocator = Allocator(budget, Constraints(kinds, uniform, 32, 64))
     random = torch.Generator().manual_seed(0)
     scores = {k: torch.rand(allocator.layout.units(k), generator=random) for k in kinds}
     step = 3 * 4096 * 32 * 32 if uniform else 0  # one multiple of neurons in each of 32 layers

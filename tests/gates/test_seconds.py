@@ -112,7 +112,7 @@ def test_blocks_go_where_it_is_calls_that_cost() -> None:
     case = Case((MULTI_HEAD, MULTI_HEAD), ("heads", "neurons", "attn_block"))
     rows = [{"neurons": n, "prefill": 1, "decode": 1.0} for n in (1, 24)]
     seconds = seconds_of(table(attention=calls, mlp=rows), case.budget, "decode")
-    allocator = Allocator(case.budget, Constraints(case.kinds, False, 8))
+    allocator = Allocator(case.budget, Constraints(case.kinds, False, 8, 64))
     goal = Goal(seconds, 0.7 * seconds.total(case.budget.shape), "", str, "")
     scores = {k: torch.ones(allocator.layout.units(k)) for k in case.kinds}
     scores["attn_block"] *= 100  # by parameters they would stay

@@ -166,6 +166,11 @@ class ProgressiveTrainer(NutePruneTrainer):
                 agree(weights.values())
             self.ready.bank.install(weights)
 
+    def as_pruned(self) -> AbstractContextManager[None]:
+        """Return a context in which `model` uses the current masks; outside of it, none."""
+        self.check_unused()
+        return self.coforward.student(self.final_masks().to(str(self.args.device)))
+
     def sparsity(self) -> float:
         """Return the expected sparsity of the step's masks."""
         return self.gates.sparsity()
@@ -230,7 +235,7 @@ class ProgressiveTrainer(NutePruneTrainer):
 
     def final_masks(self) -> Masks:
         """Return the masks of the moment, by which the model is cut in the end."""
-        return self.gates.snapshot().to(self.args.device)
+        return self.gates.snapshot()
 
     def teachers_met(self) -> list[float]:
         """Return the sparsities of the teachers used so far."""

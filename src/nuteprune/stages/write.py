@@ -212,7 +212,8 @@ def read_written(
         have, batch = have + len(row["ids"]), row["batch"]
     if have < tokens:
         raise UserError(
-            f"{path} has {have} tokens, and this run needs {tokens}: run nuteprune write again"
+            f"{path} has {have} tokens, and this run needs {tokens}: write more, with nuteprune "
+            f"write --tokens {tokens}"
         )
     return found
 
