@@ -166,6 +166,8 @@ def test_each_goal_has_the_model_of_a_run_of_its_own(
     for target in targets:
         alone = tmp_path / f"alone-{target}"
         record = prune(inputs, alone, sparsity=target, **PLAIN, **settings)
+        assert (alone / "run" / "score.safetensors").is_file()
+        assert record["stages"]["score"]["cpu_seconds"] >= 0
         folder = f"sparsity-{target}"
         for name in ("both", "killed"):
             assert bytes_of(tmp_path / name, folder, f"{folder}/run") == bytes_of(alone)
