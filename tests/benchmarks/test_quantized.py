@@ -26,7 +26,7 @@ def test_the_page_has_the_table_of_the_results() -> None:
 def test_the_page_says_what_follows_from_the_results() -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
     text = " ".join(page[page.index("## Should I prune") : page.index("<!-- table: q")].split())
-    subject, cut = "smollm2-135m", "20 % cut"
+    subject, cut, half = "smollm2-135m", "20 %, 160 steps", "50 %, 160 steps"
     ratios = {
         key[1:]: tables.times_dense(ROWS[key], RESULT)[0] for key in ROWS if key[0] == subject
     }
@@ -36,8 +36,12 @@ def test_the_page_says_what_follows_from_the_results() -> None:
     assert f"Q8_0 makes {sizes[d8]} of SmolLM2-135M's {sizes[whole]} at {ratios[d8]:.3f} ×" in text
     assert f"Q4_K_M makes {sizes[d4]} at {ratios[d4]:.3f} ×" in text
     assert f"F16 still has {sizes[plain]}, at {ratios[plain]:.3f} ×" in text
-    more = [100 * (ratios[cut, kind] / ratios[plain] - 1) for kind in ("q8_0", "q4_k_m")]
-    assert f"Q8_0 costs {more[0]:.1f} % and Q4_K_M {more[1]:.1f} %" in text
+    for model, words in (
+        (cut, "costs {:.1f} % and Q4_K_M {:.1f} %"),
+        (half, "{:.1f} % and {:.1f} %"),
+    ):
+        own = [ratios[model, kind] / ratios[model, tables.PLAIN] for kind in ("q8_0", "q4_k_m")]
+        assert words.format(*(100 * (x - 1) for x in own)) in text
     dense = [100 * (ratios[x] - 1) for x in (d8, d4)]
     assert f"(dense: {dense[0]:.1f} % and {dense[1]:.1f} %)" in text
 
