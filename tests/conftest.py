@@ -95,7 +95,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.fixture(scope="session", autouse=True)
 def disks_are_not_waited_for() -> Generator[None]:
-    """Leave writing to the system: no test cuts the power, and waiting is a tenth of their time."""
+    """Leave writing to the system: waiting is a tenth of the time.
+
+    tests/hard ends the machine by itself: of files that were not synced it loses a half.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield

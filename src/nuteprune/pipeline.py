@@ -1,12 +1,12 @@
-"""The main job on one screen: eight stages, each a module of `stages`, in order.
+"""The main job on one screen: eight stages in order, modules of `stages` but for teach.
 
     write    the dense model writes its share of the text
     score    what each unit costs
     choose   which units go
     refit    the weights that stay, by least squares
-    teach    LoRA, distilled from the dense model
+    teach    LoRA, distilled from the dense model: `train.trainer`
     slice    merge, fold, cut
-    judge    before and after
+    judge    the smaller model beside the dense one, which was judged before it was scored
     save     checkpoint, record, card
 
 `Run` gives each stage the run's settings and keeps what it returns in the run's folder, so that a

@@ -134,7 +134,9 @@ def check_positions(length: int, config: Any, what: str = "length") -> None:
     """
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and length > positions:
-        raise UserError(f"{what} is {length}, and the model knows {positions} positions; pass less")
+        raise UserError(
+            f"{what} is {length}, and the model knows {positions} positions: pass fewer"
+        )
 
 
 def too_short(name: str, seen: int, length: int, instead: str = "") -> UserError:

@@ -73,7 +73,7 @@ class ProgressiveConfig(ProgressiveSettings, NutePruneConfig):  # type: ignore[m
             )
         if gate_type.trained and optimizer not in ASCENDING:
             raise UserError(
-                f"the Lagrangian's multipliers ascend, which optim {optimizer} cannot: leave it out"
+                f"the Lagrangian's multipliers ascend, which {optimizer} cannot do: leave optim out"
             )
 
     def schedule(self, target: float) -> Schedule:

@@ -185,7 +185,7 @@ class Teachers:
             if not path.is_file():
                 raise UserError(f"cannot resume: the teacher {path} is gone")
             if file_sum(path) != expected:
-                raise UserError(f"cannot resume: the teacher {path} is damaged, by its SHA-256")
+                raise UserError(f"cannot resume: the teacher {path} is damaged: another SHA-256")
         self.sparsities, self.sums = list(sparsities), list(sums)
         self._loaded = None
 

@@ -24,7 +24,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.targets import Target
 
-FIRST = 32
+LOOKED_AT = 32
 """Items of the text that are looked at before a run."""
 
 
@@ -137,7 +137,7 @@ def check_text(dataset: Any, alike: bool = False) -> None:
             "tokenized text"
         )
     if alike:
-        collated([dataset[i] for i in range(min(FIRST, len(dataset)))])
+        collated([dataset[i] for i in range(min(LOOKED_AT, len(dataset)))])
 
 
 def calibration_blocks(dataset: Any, count: int) -> Tensor:

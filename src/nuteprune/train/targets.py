@@ -233,5 +233,6 @@ def check_reached(record: Mapping[str, Any]) -> None:
     asked = record["asked"]
     if asked["kind"] in COUNTED and reached(record) > asked["value"]:
         raise RunFailed(
-            f"the target was missed: {reached(record):.0f}, not {asked['value']:.0f} at most"
+            f"the target was missed: {reached(record):.0f} where {asked['kind']} was to be "
+            f"{asked['value']:.0f} at most"
         )
