@@ -225,11 +225,11 @@ class Bench:
         """Mask the dense model by one-shot scores, judge it, refit it, and judge it again."""
         with tempfile.TemporaryDirectory() as folder:
             cut = self.cut(cell, Path(folder))
-            goal = cut.model.goals[-1]
-            masks = cut.choose(cut.score(), goal)
+            target = cut.model.targets[-1]
+            masks = cut.choose(cut.score(), target)
             plain = {**self.judged(cut, masks), "seconds": seconds_of(cut.products)}
             refitted = {}
-            if (weights := cut.refit(masks, goal)) is not None:
+            if (weights := cut.refit(masks, target)) is not None:
                 figures = self.judged(cut, masks, weights)
                 refitted = {"refitted": {**figures, "seconds": seconds_of(cut.products)}}
         sparsity, before = cut.model.allocator.sparsity(masks), cut.model.allocator.budget.before
@@ -272,7 +272,7 @@ class Bench:
         found = self.judge.figures(small)
         shutil.rmtree(run)  # its weights may be mapped from there
         result = {
-            "sparsity": trainer.ready.allocator.budget.sparsity(trainer.sliced.shape),
+            "sparsity": trainer.prepared.allocator.budget.sparsity(trainer.sliced.shape),
             "params": sum(p.numel() for p in small.parameters()),
             **found,
             "seconds": round(seconds, 3),

@@ -44,7 +44,7 @@ from nuteprune.model.shape import Shape
 from nuteprune.products import Products
 from nuteprune.train.asked import moment
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import DEFAULT_KINDS
+from nuteprune.train.constraints import DEFAULT_KINDS
 from nuteprune.train.targets import read_table
 
 EVAL_BLOCKS = 8
@@ -203,7 +203,7 @@ class Comparison:
         path = self.bench.folder / f"judged-{name}.json"
         if not path.exists():
             masks = self.allocator.masks(shape, self.scores).to(self.cut.model.device)
-            weights = self.cut.refit(masks, self.cut.model.goals[-1])
+            weights = self.cut.refit(masks, self.cut.model.targets[-1])
             write_json(path, self.bench.judged(self.cut, masks, weights))
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return figures

@@ -212,7 +212,7 @@ def trainer_for(cell: Cell, base: PreTrainedModel, **settings: Any) -> NutePrune
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
     if config.progressive:  # else all units would be alike
-        for kind, score in trainer.ready.allocator.chance_scores().items():
+        for kind, score in trainer.prepared.allocator.chance_scores().items():
             trainer.gates.scores[kind].copy_(score)
     cut_by_chance(trainer)
     return trainer
@@ -259,7 +259,7 @@ def teachers(cell: Cell) -> Row:
 
     base = backbone(cell)
     trainer: Any = trainer_for(cell, base, progressive=True)
-    inputs, state = tokens(cell, base), trainer.ready.bank.state()
+    inputs, state = tokens(cell, base), trainer.prepared.bank.state()
     for share in SNAPSHOTS:
         trainer.gates.begin_step(share * cell.sparsity, 0)
         trainer.teachers.record(share * cell.sparsity, trainer.gates.snapshot(), state)
@@ -313,7 +313,7 @@ def _plain_distillation(
         else:
             with trainer.model.disable_adapter():
                 theirs, theirs_BTV = outputs(trainer.model, trainer.anatomy)
-    with trainer.ready.hooks.using(trainer.masks):
+    with trainer.prepared.hooks.using(trainer.masks):
         with adapters(cell, trainer.model):
             ours, ours_BTV = outputs(trainer.model, trainer.anatomy)
         weight_BT = inputs["attention_mask"].float()

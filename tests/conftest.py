@@ -423,7 +423,7 @@ def prune_at_random() -> Callable[..., PreTrainedModel]:
     from nuteprune.export.checkpoint import assemble
     from nuteprune.model.anatomy import Anatomy
     from nuteprune.train.config import NutePruneConfig
-    from nuteprune.train.setup import make_allocator
+    from nuteprune.train.constraints import make_allocator
 
     def prune(
         model: PreTrainedModel, kinds: Iterable[str], shapes: str, share: float = 0.5

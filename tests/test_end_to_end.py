@@ -30,7 +30,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.stages import judge
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 from tests.conftest import json_line
 from tests.forked import python, workers
 

@@ -330,7 +330,7 @@ WRITES = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 from nuteprune.data.tokens import Openings
-from nuteprune.data.writing import TextInProgress, write_batch
+from nuteprune.data.decoding import TextInProgress, write_batch
 torch.distributed.init_process_group("gloo")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 opening = Openings((1,), (3, 4, 5), (), (), frozenset({2}), frozenset(), 500)

@@ -1,4 +1,4 @@
-"""The main job by its stages: killed behind any of them, and with several goals."""
+"""The main job by its stages: killed behind any of them, and for several targets."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ PLAIN: dict[str, Any] = {"method": "fisher", "quiet": True}
 
 
 @pytest.mark.parametrize("settings", [{}, {"progressive": True}], ids=["fixed", "ramp"])
-def test_each_goal_has_the_model_of_a_run_of_its_own(
+def test_each_target_has_the_model_of_a_run_of_its_own(
     settings: dict[str, Any],
     inputs: tuple[Path, Path],
     tmp_path: Path,
@@ -152,9 +152,9 @@ def test_each_goal_has_the_model_of_a_run_of_its_own(
     prune(inputs, tmp_path / "both", sparsity=targets, **PLAIN, **settings)
     original = Run.teach
 
-    def teach(self: Run, goal: Any, *given: Any) -> Any:
-        found = original(self, goal, *given)
-        if goal is self.goals[1]:
+    def teach(self: Run, target: Any, *given: Any) -> Any:
+        found = original(self, target, *given)
+        if target is self.targets[1]:
             raise Killed
         return found
 
@@ -176,7 +176,7 @@ def test_each_goal_has_the_model_of_a_run_of_its_own(
             assert kept[key] == record[key]
 
 
-def test_several_goals_share_scores_and_the_dense_models_figures(
+def test_several_targets_share_scores_and_the_dense_models_figures(
     inputs: tuple[Path, Path], begun: list[str], tmp_path: Path
 ) -> None:
     result = prune(inputs, tmp_path / "out", sparsity=(0.15, 0.3), steps=0, quiet=True)

@@ -25,7 +25,7 @@ TRAINER = NutePruneTrainer
 
 
 def pipeline(run: Run) -> dict[Path, Record]:
-    """Make a smaller checkpoint for each of a run's goals; the run's own model is used up.
+    """Make a smaller checkpoint for each of a run's targets; the run's own model is used up.
 
     Returns:
         Folder -> record; of the main process alone.
@@ -38,12 +38,12 @@ def pipeline(run: Run) -> dict[Path, Record]:
     first = run.first_stages()
     scores = first.score()
     records = {}
-    for goal in run.each_goal():
-        masks = first.choose(scores, goal)
-        weights = first.refit(masks, goal)
-        trainer = run.teach(goal, masks, weights)
+    for target in run.each_target():
+        masks = first.choose(scores, target)
+        weights = first.refit(masks, target)
+        trainer = run.teach(target, masks, weights)
         if is_main():
-            sliced = run.slice(trainer, goal)
+            sliced = run.slice(trainer, target)
             judged = run.judge(sliced, dense)
             folder, records[folder] = run.save(trainer, judged)
     return records

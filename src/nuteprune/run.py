@@ -50,10 +50,10 @@ class Run:
         held_out: the text to judge by, source -> (N, T).
         products: what the stages leave.
         progress: called with the progress of each stage.
-        first: the trainer of the first goal.
-        trainer_of: makes the trainer of a goal.
+        first: the trainer of the first target.
+        trainer_of: makes the trainer of a target.
         reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
-        run_folder_of: where a goal's products and checkpoints of training go; its checkpoint goes
+        run_folder_of: where a target's products and checkpoints of training go; its checkpoint goes
             above.
         resumes: whether the run goes on with what is in its folder.
         around: the other parts of a model of several modalities; None: there are none.
@@ -77,21 +77,21 @@ class Run:
     steps_in_time: Callable[[Run, NutePruneTrainer], int] | None = None
 
     def __post_init__(self) -> None:
-        lora = self.model.bank.state() if len(self.goals) > 1 else {}
+        lora = self.model.bank.state() if len(self.targets) > 1 else {}
         self._dense: PreTrainedModel | None = None
         self._fresh = {name: value.cpu().clone() for name, value in lora.items()}
 
     @property
-    def goals(self) -> tuple[Target, ...]:
+    def targets(self) -> tuple[Target, ...]:
         """What the model is to become, the largest first."""
-        return self.model.goals
+        return self.model.targets
 
-    def each_goal(self) -> Iterator[Target]:
-        """Yield the goals, and restore the dense model for each."""
-        for goal in self.goals:
-            if goal is not self.goals[0]:
+    def each_target(self) -> Iterator[Target]:
+        """Yield the targets, and restore the dense model for each."""
+        for target in self.targets:
+            if target is not self.targets[0]:
                 self.model.bank.load(self._fresh)
-            yield goal
+            yield target
 
     def write(self) -> None:
         """Let the dense model write its share of the text, if it has one."""
@@ -136,16 +136,16 @@ class Run:
         return FirstStages(self.model, self.args, text, products, self.progress, self.run_folder_of)
 
     def teach(
-        self, goal: Target, masks: Masks | None = None, weights: Weights | None = None
+        self, target: Target, masks: Masks | None = None, weights: Weights | None = None
     ) -> NutePruneTrainer:
         """Distil the model that is cut; without masks and weights the trainer finds them.
 
         Args:
-            goal: the goal of this checkpoint.
+            target: the target of this checkpoint.
             masks: the units to keep.
             weights: what `refit` returned for these masks.
         """
-        trainer = self.first if goal is self.goals[0] else self.trainer_of(goal)
+        trainer = self.first if target is self.targets[0] else self.trainer_of(target)
         trainer.masks, trainer.weights = masks, weights
         if self.steps_in_time is not None:
             self.args.max_steps = trainer.args.max_steps = main_ones(
@@ -158,10 +158,10 @@ class Run:
             trainer.settle()
         return trainer
 
-    def slice(self, trainer: NutePruneTrainer, goal: Target) -> Sliced:
-        """Merge, fold and cut; for the last goal the run's own model, if possible."""
+    def slice(self, trainer: NutePruneTrainer, target: Target) -> Sliced:
+        """Merge, fold and cut; for the last target the run's own model, if possible."""
         with self.products.measured("slice"):
-            if goal is self.goals[-1]:
+            if target is self.targets[-1]:
                 reloads = self.model.must_be_reloaded
                 trainer.finalize((lambda: self.reload(None)) if reloads else None)
             else:
@@ -200,7 +200,7 @@ class Run:
         """Write a checkpoint with its record; returns its folder, and the record."""
         figures = dict(judged)
         write_json(trainer.run_folder / SAMPLES, figures.pop("samples", []))
-        folder = self.run_folder_of(trainer.goal).parent
+        folder = self.run_folder_of(trainer.target).parent
         costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
         record = {**figures, **self.about(), **costs}
         return folder, trainer.save_pruned(folder, around=self.around, **record)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 from tests.scripts import script
 
 COSTS: dict[str, Any] = {

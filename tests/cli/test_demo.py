@@ -22,7 +22,7 @@ def asked(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Calls the command; returns the job that it would do."""
     jobs: list[PruneJob] = []
     monkeypatch.setattr(
-        "nuteprune.jobs.demo.finished", lambda job, _: jobs.append(with_defaults(job))
+        "nuteprune.jobs.demo.run_and_report", lambda job, _: jobs.append(with_defaults(job))
     )
     monkeypatch.setattr(commands, "check_free", lambda _: None)
     monkeypatch.chdir(tmp_path)

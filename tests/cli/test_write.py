@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nuteprune
-from nuteprune.data import writing
+from nuteprune.data import decoding
 from nuteprune.errors import UserError
-from nuteprune.files import writing as writing_to
+from nuteprune.files import writing
 from tests.conftest import Run, json_of
 
 from .conftest import TINY
@@ -162,8 +162,8 @@ def test_what_write_has_not_written_is_refused(
 def test_stopped_on_its_way_the_command_goes_on(
     model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "BATCH", 4)
-    real, batches = writing.write_batch, [0]
+    monkeypatch.setattr(decoding, "BATCH", 4)
+    real, batches = decoding.write_batch, [0]
 
     def counted(*given: Any) -> Any:
         batches[0] += 1
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_is_told_by_the_files_own_name(
     model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
-        with writing_to("a hidden file"):
+        with writing("a hidden file"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("nuteprune.stages.write._append", full)

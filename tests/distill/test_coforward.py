@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from nuteprune.distill.coforward import DENSE, TEXT, CoForward, Role
 from nuteprune.distill.losses import Head, token_kl
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.model.trainable import add_lora
 from tests.families import DENSE_KINDS
 
 RANDOM = torch.Generator().manual_seed(0)

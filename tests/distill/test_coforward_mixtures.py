@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from nuteprune.distill.coforward import DENSE, CoForward, Role
 from nuteprune.distill.losses import layer_relative
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.trainable import add_lora
 from tests.families import MIXTURES
 
 TOKENS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(0))

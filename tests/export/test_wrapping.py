@@ -28,7 +28,7 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lookup import WRAPPERS, of_language_model, own_name
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 from tests.wrapped import CONFIGS, inputs, wrapper
 
 from .conftest import said_by_transformers

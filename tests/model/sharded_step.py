@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from nuteprune.distill.coforward import CoForward, Role
 from nuteprune.distill.losses import Head, token_kl
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.trainable import add_lora
 from nuteprune.model.weights import shard_base
 
 folder, out, how, checkpointing = sys.argv[1:]

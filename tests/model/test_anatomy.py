@@ -6,10 +6,10 @@ import pytest
 from torch import nn
 
 from nuteprune.errors import UserError
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Family
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.model.trainable import add_lora
 
 UNGROUPED = ("llama_mha", "gpt_neox", "opt")
 BETWEEN_MIXERS = ("qwen3_5_text", "lfm2", "granitemoehybrid")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nuteprune.gates.masks import Layout, Masks
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
+from nuteprune.model.trainable import add_lora
 from tests.families import DENSE_KINDS
 
 TOKENS = torch.randint(3, 96, (3, 10), generator=torch.Generator().manual_seed(0))

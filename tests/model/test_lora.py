@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nuteprune.errors import UserError
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.trainable import add_lora
 from nuteprune.shrink.finalize import merge_layer
 
 MAPS = Path("/proc/self/maps")

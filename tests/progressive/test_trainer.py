@@ -67,7 +67,7 @@ def test_a_teacher_is_gone_before_the_backward_pass(
 ) -> None:
     trainer = make(tiny_model("llama"), tmp_path, ramp_share=0.5)
     trainer.gates.begin_step(0.1, 0)
-    trainer.teachers.record(0.1, trainer.gates.snapshot(), trainer.ready.bank.state())
+    trainer.teachers.record(0.1, trainer.gates.snapshot(), trainer.prepared.bank.state())
     held: list[weakref.ref[Any]] = []
     read = trainer.teachers.role
 

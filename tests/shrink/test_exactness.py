@@ -19,7 +19,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 from tests.families import MORE, QUICK, dense, each_family
 from tests.greedy import continuation
 

@@ -72,8 +72,8 @@ def refitted(anatomy: Anatomy, masks: Masks, bank: LoraBank | None = None) -> Ma
         fit_projections(anatomy, hooks, masks, TEXT.split(8), nothing, install_stack=put)
     else:
         allocator: Any = None  # masks are chosen
-        ready = Prunable(anatomy, hooks, bank, allocator, is_sharded=False)
-        bank.install(refit(ready, masks, TEXT, batch_size=8))
+        prepared = Prunable(anatomy, hooks, bank, allocator, is_sharded=False)
+        bank.install(refit(prepared, masks, TEXT, batch_size=8))
     return hooks
 
 
@@ -202,7 +202,7 @@ def test_killed_and_resumed_is_never_interrupted(
         trainer = make(tiny_model("qwen2_moe"), tmp_path / "run", **changes)
         checkpoint = str(tmp_path / "run" / "checkpoint-3") if resumed else None
         trainer.train(resume_from_checkpoint=checkpoint)
-        assert any(name.endswith("experts.W") for name in trainer.ready.bank.state())
+        assert any(name.endswith("experts.W") for name in trainer.prepared.bank.state())
         ends.append((metrics(tmp_path / "run"), trainer.finalize().state_dict()))
     (lines, state), (again, other) = ends
     keys = ("step", "loss", "token_kl", "layer", "grad_norm")
@@ -224,7 +224,7 @@ def test_what_a_run_writes_is_its_student(
 ) -> None:
     trainer = make(tiny_model(model_type), tmp_path, gates=gates, neuron_multiple=8, max_steps=4)
     trainer.train()
-    assert any(name.endswith("experts.W") for name in trainer.ready.bank.state())
+    assert any(name.endswith("experts.W") for name in trainer.prepared.bank.state())
     with torch.no_grad(), trainer.as_pruned():
         masked = logits(trainer.model, UNSEEN)
     assert_same(logits(trainer.finalize(), UNSEEN), masked)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from nuteprune.gates.masks import Layout, Masks
 from nuteprune.model import layerwise
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.trainable import add_lora
 from nuteprune.shrink import least_squares
 from nuteprune.shrink.least_squares import (
     FEEDBACK,
@@ -27,7 +27,7 @@ from nuteprune.shrink.least_squares import (
 from nuteprune.stages import Prunable
 from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 from tests.refits import install_weight
 
 
@@ -310,8 +310,8 @@ def test_refit_is_least_squares_layer_by_layer(name: str, how: str, tiny_model) 
         fit_projections(anatomy, hooks, masks, tokens_NT.split(8), install_weight(anatomy))
     else:
         allocator: Any = None  # masks are chosen
-        ready = Prunable(anatomy, hooks, LoraBank(anatomy), allocator, is_sharded=how == "lora")
-        ready.bank.install(refit(ready, masks, tokens_NT, batch_size=8))
+        prepared = Prunable(anatomy, hooks, LoraBank(anatomy), allocator, is_sharded=how == "lora")
+        prepared.bank.install(refit(prepared, masks, tokens_NT, batch_size=8))
     expected = fitted_anew(reference, intact, name, bases, masks, tokens_NT)
     for i in range(3):
         for place, mask in zip(WRITES[name], masks.inputs(i).values(), strict=True):

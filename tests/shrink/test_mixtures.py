@@ -21,15 +21,15 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks, NarrowMasks
 from nuteprune.judge.block_times import cost_table
 from nuteprune.judge.work import Workload
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import GATE_KINDS
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.trainable import add_lora
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 from nuteprune.train.targets import Prices, run_targets
 from tests.conftest import cache_of
 from tests.families import MIXTURES

@@ -14,7 +14,7 @@ from nuteprune.memory import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.shrink.slicing import Tensors, cut_state
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 
 
 def half(anatomy: Anatomy, gates: str) -> Masks:

@@ -16,9 +16,9 @@ from nuteprune.model.lora import LoraBank
 from nuteprune.products import Products
 from nuteprune.progressive.config import ProgressiveConfig
 from nuteprune.stages import Prunable
+from nuteprune.train.constraints import make_allocator
 from nuteprune.train.first_stages import FirstStages
 from nuteprune.train.prepare import prepare
-from nuteprune.train.setup import make_allocator
 from tests.train.conftest import PROGRESSIVE
 
 TEXT = torch.randint(3, 96, (40, 16), generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def plain(model: Any, folder: Path) -> Prunable:
 def cut_of(model: Any, folder: Path, products: Products | None = None, **more: Any) -> FirstStages:
     """The stages before the first step; of a run that shares weights out, where that is asked."""
     args = settings(folder, **{k: v for k, v in more.items() if k != "sharded"})
-    ready = prepare(model, args)
+    prepared = prepare(model, args)
     args.sharded = more.get("sharded", False)
     kept = products or Products(None, {})
-    return FirstStages(ready, args, BlockDataset(TEXT), kept, silent)
+    return FirstStages(prepared, args, BlockDataset(TEXT), kept, silent)

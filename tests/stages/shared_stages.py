@@ -75,9 +75,9 @@ def main(model: str, out: str, blocks: str, *methods: str) -> None:
             kind = {"gates": "experts"}
         own = prepare(AutoModelForCausalLM.from_pretrained(model), settings(folder, **kind))
         counted(method, lambda own=own, method=method: score(own, text[:count], method=method))
-    ready = prepare(dense, settings(folder, **gates))
-    scores = counted("score", lambda: score(ready, text[:count], target=0.2))
-    counted("refit", lambda: refit(ready, choose(ready, scores, 0.2), text[:count]))
+    prepared = prepare(dense, settings(folder, **gates))
+    scores = counted("score", lambda: score(prepared, text[:count], target=0.2))
+    counted("refit", lambda: refit(prepared, choose(prepared, scores, 0.2), text[:count]))
     save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{rank()}.safetensors")
     (folder / f"{rank()}.json").write_text(json.dumps(products))
 

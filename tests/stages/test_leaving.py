@@ -21,12 +21,12 @@ from .conftest import TEXT, settings
 HELD_OUT = {"text": TEXT[30:32]}
 
 
-def chosen(ready: Any) -> Any:
-    return choose(ready, ready.allocator.chance_scores(), 0.5)
+def chosen(prepared: Any) -> Any:
+    return choose(prepared, prepared.allocator.chance_scores(), 0.5)
 
 
-def written(ready: Any, tokenizer: Any, folder: Path) -> None:
-    write(ready.anatomy.model, tokenizer, tokens=40, length=16, seed=3, folder=folder)
+def written(prepared: Any, tokenizer: Any, folder: Path) -> None:
+    write(prepared.anatomy.model, tokenizer, tokens=40, length=16, seed=3, folder=folder)
 
 
 STAGES: dict[str, Callable[[Any, Any, Path], Any]] = {
@@ -43,8 +43,8 @@ STAGES: dict[str, Callable[[Any, Any, Path], Any]] = {
 def test_a_stage_leaves_the_model_as_it_found_it(
     stage: str, tiny_model, tiny_tokenizer, tmp_path: Path
 ) -> None:
-    ready = prepare(tiny_model("llama", vocab_size=300), settings(tmp_path))
-    model = ready.model
+    prepared = prepare(tiny_model("llama", vocab_size=300), settings(tmp_path))
+    model = prepared.model
     parameters = dict(model.named_parameters())
     before = {name: x.detach().clone() for name, x in parameters.items()}
     trained = {name for name, x in parameters.items() if x.requires_grad}
@@ -53,7 +53,7 @@ def test_a_stage_leaves_the_model_as_it_found_it(
         return [(len(x._forward_hooks), len(x._forward_pre_hooks)) for x in model.modules()]
 
     modes, hooked = [x.training for x in model.modules()], hooks()
-    STAGES[stage](ready, tiny_tokenizer, tmp_path / "run")
+    STAGES[stage](prepared, tiny_tokenizer, tmp_path / "run")
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is parameters[name] for name in after)  # an optimizer may hold them
@@ -62,5 +62,5 @@ def test_a_stage_leaves_the_model_as_it_found_it(
     assert all(x.grad is None for x in after.values())
     assert [x.training for x in model.modules()] == modes
     assert hooks() == hooked
-    assert ready.hooks.masks is None
-    assert not ready.bank.weights()
+    assert prepared.hooks.masks is None
+    assert not prepared.bank.weights()

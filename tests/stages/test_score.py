@@ -46,10 +46,10 @@ def test_so_many_blocks_have_gradients(
     watched = replace(
         METHODS["surgeon"], score=lambda x: asked.append(x) or METHODS["fisher"].score(x)
     )
-    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    prepared = prepare(tiny_model("llama"), settings(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "surgeon", watched)
-        score(ready, TEXT[:6], gradients=gradients)
+        score(prepared, TEXT[:6], gradients=gradients)
     [probe] = asked
     assert sum(map(len, probe.batches)) == count
     assert sum(map(len, probe.plain_batches)) == 6
@@ -87,10 +87,10 @@ def test_scores_know_what_is_to_go(target: float, tiny_model: Any, tmp_path: Pat
     watched = replace(
         METHODS["surgeon"], score=lambda x: asked.append(x.cut_by) or METHODS["fisher"].score(x)
     )
-    ready = prepare(tiny_model("llama"), settings(tmp_path))
+    prepared = prepare(tiny_model("llama"), settings(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "surgeon", watched)
-        found = score(ready, TEXT[:6], target=target)
+        found = score(prepared, TEXT[:6], target=target)
     [cut_by] = asked
     assert (cut_by is None) == (not target)
     if target:
@@ -104,8 +104,8 @@ def test_what_is_left_is_scored_as_the_smaller_model(
     """Against scores of a model that is cut in fact."""
     monkeypatch.setattr(surgeon_costs, "ROUNDS", 1000)  # one unit at a time, in both
     blocks, refit_blocks = TEXT[:4], TEXT[:18]
-    ready = prepare(tiny_model("llama"), settings(tmp_path))
-    found = score(ready, blocks, method=method, target=0.5, refit_blocks=refit_blocks)
+    prepared = prepare(tiny_model("llama"), settings(tmp_path))
+    found = score(prepared, blocks, method=method, target=0.5, refit_blocks=refit_blocks)
 
     dense = plain(tiny_model("llama"), tmp_path)
     first = score(dense, blocks, method=method)

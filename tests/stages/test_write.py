@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nuteprune.data import writing
+from nuteprune.data import decoding
+from nuteprune.data.decoding import draw
 from nuteprune.data.tokens import TEMPERATURE, Openings, openings
-from nuteprune.data.writing import draw
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
 from nuteprune.stages import write as stage
@@ -41,7 +41,7 @@ VOCABULARY = 320  # beyond what the tokenizer knows
 
 @pytest.fixture(autouse=True)
 def _short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "TEXT_TOKENS", SHORT)
+    monkeypatch.setattr(decoding, "TEXT_TOKENS", SHORT)
 
 
 @pytest.fixture
@@ -220,18 +220,18 @@ def test_the_time_that_it_takes_is_that_of_whole_texts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer.chat_template = template
-    clock, step = [0.0], writing._step
+    clock, step = [0.0], decoding._step
 
     def slow(model: Any, ids: list[int], cache: Any) -> Any:
         clock[0] += 3 + len(ids)
         return step(model, ids, cache)
 
-    monkeypatch.setattr(writing, "_step", slow)
-    monkeypatch.setattr(writing, "BATCH", batch)
-    monkeypatch.setattr(writing.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(decoding, "_step", slow)
+    monkeypatch.setattr(decoding, "BATCH", batch)
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: clock[0])
     told = stage.seconds_to_write(model, tokenizer, tokens=tokens, length=LENGTH)
     monkeypatch.setattr(
-        writing, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
+        decoding, "draw", lambda logits, _: logits.new_full([len(logits)], 65).long()
     )
     started = clock[0]
     write(model, tokenizer, tmp_path, tokens=tokens)
@@ -280,10 +280,10 @@ def test_a_quarter_is_chats_however_many_tokens_are_asked_for(
 ) -> None:
     tokenizer.chat_template = CHAT
     opening = openings(model, tokenizer, most=254, seed=0)
-    sizes = writing.BatchSizes.of(opening, tokens, 254, 64)
+    sizes = decoding.BatchSizes.of(opening, tokens, 254, 64)
     written, of_chats, begun = [], 0, []
     while sum(written) < tokens:
-        batch, longest = writing.next_batch(opening, sizes, written)
+        batch, longest = decoding.next_batch(opening, sizes, written)
         chats = longest == 254
         written.append(round(len(batch) * longest * (chat if chats else plain)))
         of_chats += chats * written[-1]
@@ -363,7 +363,7 @@ def test_bfloat16_writes_as_well(model, tokenizer, tmp_path: Path) -> None:
 class TestFile:
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(writing, "BATCH", 4)
+        monkeypatch.setattr(decoding, "BATCH", 4)
 
     def test_a_whole_one_is_read_and_nothing_written(
         self, model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -494,9 +494,9 @@ class TestFile:
 
 def test_a_models_cache_bounds_the_batch(model, monkeypatch: pytest.MonkeyPatch) -> None:
     # 3 layers of 2 KV heads of 8, keys and values, 4 bytes: 384 bytes per token
-    fits: Callable[[int], int] = lambda length: writing.fitting(model, length)  # noqa: E731
+    fits: Callable[[int], int] = lambda length: decoding.fitting(model, length)  # noqa: E731
     assert fits(LENGTH) == 64
-    monkeypatch.setattr(writing, "_CACHE_BYTES", 384 * LENGTH * 10 + 1)
+    monkeypatch.setattr(decoding, "_CACHE_BYTES", 384 * LENGTH * 10 + 1)
     assert [fits(LENGTH), fits(2 * LENGTH), fits(1000)] == [10, 5, 1]
 
 
@@ -514,7 +514,7 @@ def test_a_draw_by_parts_is_the_draw_of_all(rows: int, monkeypatch: pytest.Monke
     numbers = torch.linspace(0.05, 0.95, 5, dtype=torch.float64)
     alone = [int(draw(x[None], n[None])) for x, n in zip(logits, numbers, strict=True)]
     assert len(set(alone)) > 2
-    monkeypatch.setattr(writing, "_DRAWN", rows * 30)
+    monkeypatch.setattr(decoding, "_DRAWN", rows * 30)
     assert draw(logits, numbers).tolist() == alone
 
 
@@ -527,9 +527,9 @@ def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> No
         "import sys, json\n"
         "from pathlib import Path\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from nuteprune.data import writing\n"
+        "from nuteprune.data import decoding\n"
         "from nuteprune.stages.write import write\n"
-        "writing.BATCH = 4\n"
+        "decoding.BATCH = 4\n"
         "folder = Path(sys.argv[1])\n"
         "model = AutoModelForCausalLM.from_pretrained(folder / 'model')\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder / 'model')\n"

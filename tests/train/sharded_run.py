@@ -55,15 +55,15 @@ def bytes_alive() -> int:
 
 def check_refitted() -> None:
     """Refitted weights add a half of their bytes here, and go again."""
-    ready, blocks = trainer.ready, torch.arange(3, 67).view(4, 16)
-    weights = refit(ready, choose(ready, ready.allocator.chance_scores(), 0.3), blocks)
+    prepared, blocks = trainer.prepared, torch.arange(3, 67).view(4, 16)
+    weights = refit(prepared, choose(prepared, prepared.allocator.chance_scores(), 0.3), blocks)
     assert weights
     assert dist.get_rank() == 0 or all(x.is_meta for x in weights.values())
     before = bytes_alive()
-    ready.bank.install(weights)
+    prepared.bank.install(weights)
     whole = sum(x.nbytes for x in weights.values())
     assert (bytes_alive() - before) * dist.get_world_size() == whole
-    ready.bank.clear()
+    prepared.bank.clear()
     assert bytes_alive() == before
 
 

@@ -348,7 +348,7 @@ def test_padding_counts_alike_however_a_step_is_parted(
         )
         trainer.train_dataset = Padded(trainer.train_dataset, filler=50)
         trainer.train()
-        found.append((metrics(tmp_path / str(size)), trainer.ready.bank.state()))
+        found.append((metrics(tmp_path / str(size)), trainer.prepared.bank.state()))
     (ours, lora), (theirs, other) = found
     for key in ("loss", "grad_norm"):
         assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-4)
@@ -362,7 +362,7 @@ def test_padding_is_no_text_to_score_or_re_fit_by(tiny_model, tmp_path: Path) ->
         trainer.train_dataset = Padded(trainer.train_dataset, filler)
         trainer.begin()
         scores = read_tensors(tmp_path / str(filler) / "score.safetensors")[0]
-        found.append((scores, trainer.ready.bank.state()))
+        found.append((scores, trainer.prepared.bank.state()))
     for ours, theirs in zip(*found, strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 

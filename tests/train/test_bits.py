@@ -63,7 +63,7 @@ def test_what_is_cut_is_the_whole_model(
     trainer.train()
     with pytest.raises(UserError, match=r"cannot be cut: load the model again, whole"):
         trainer.finalize()
-    lora = {name: x.detach().clone() for name, x in trainer.ready.bank.state().items()}
+    lora = {name: x.detach().clone() for name, x in trainer.prepared.bank.state().items()}
     small = trainer.finalize(copy.deepcopy(whole))
     record = trainer.save_pruned(tmp_path / "out")
     assert 0.3 <= record["sparsity"] < 0.32

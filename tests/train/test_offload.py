@@ -89,7 +89,7 @@ def test_a_layer_at_a_time_is_on_the_device(
         trainer.train()
         came.append(device.arrived - before)
         losses.append([x["loss"] for x in metrics(tmp_path / name)])
-        state = trainer.ready.bank.state()
+        state = trainer.prepared.bank.state()
         parts = [x for name, x in state.items() if not name.endswith(".W")]
         parts += [trainer.anatomy.embedding.weight, trainer.anatomy.head.weight]
         most.append(device.arrivals.peak - sum(x.nbytes for x in parts))

@@ -41,7 +41,7 @@ def test_what_is_narrower_than_stored_makes_room_for_what_is_cut(
     trainer.train()
     with pytest.raises(UserError, match="narrower than they are stored"):
         trainer.finalize()
-    learned = {id(value) for value in trainer.ready.bank.state().values()}
+    learned = {id(value) for value in trainer.prepared.bank.state().values()}
     base = [p for n, p in trainer.model.named_parameters() if ".base_layer." in n]
     held = [weakref.ref(p) for p in base if id(p) not in learned]
     assert len(held) >= 3 * 5  # all but what refits have put in their place
@@ -73,7 +73,7 @@ def test_small_gradients_survive_float16(
             tmp_path / str(dtype),
             max_grad_norm=1e9,
         )
-        trainer.masks = trainer.ready.allocator.chance(0.3)
+        trainer.masks = trainer.prepared.allocator.chance(0.3)
         loss = trial_step(trainer, {"input_ids": ids})
         trainer._clip_grad_norm(trainer.model)
         lora = [p.grad.flatten() for n, p in trainer.model.named_parameters() if "lora_B" in n]

@@ -48,7 +48,7 @@ def test_widths_that_long_rope_cannot_state_are_not_chosen(tiny_model, tmp_path:
         make(model, tmp_path, shape={"hidden": 20}, **settings)
     for target in (0.3, 0.4):  # 20 of 32 would be the next
         trainer = make(tiny_model("phi3", **how), tmp_path, target_sparsity=target, **settings)
-        allocator = trainer.ready.allocator
+        allocator = trainer.prepared.allocator
         assert 20 in allocator.constraints.unstated
         assert allocator.shape(allocator.equal_scores(), target).hidden in (8, 16, 24)
 
@@ -189,15 +189,15 @@ def test_a_pass_that_fails_leaves_no_masks_behind(
     trainer = make(tiny_model("llama"), tmp_path, max_steps=1)
 
     def fail(*_: Any) -> Any:
-        assert trainer.ready.hooks.masks is not None
+        assert trainer.prepared.hooks.masks is not None
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(type(trainer.args.losses), "parts", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
-    assert trainer.ready.hooks.masks is None
+    assert trainer.prepared.hooks.masks is None
     with pytest.raises(AttributeError):
-        trainer.ready.hooks.masks = trainer.masks
+        trainer.prepared.hooks.masks = trainer.masks
 
 
 def test_no_kinds_are_advised_that_would_be_refused(tiny_model, tmp_path: Path) -> None:

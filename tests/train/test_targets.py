@@ -34,7 +34,7 @@ def test_dimensions_chosen_by_the_user_come_out(
     shape: dict[str, Any], steps: int, tiny_model, tmp_path: Path
 ) -> None:
     trainer = make(tiny_model("llama"), tmp_path / "run", max_steps=steps, shape=shape)
-    wanted = trainer.ready.allocator.budget.shape.cut_to(shape)
+    wanted = trainer.prepared.allocator.budget.shape.cut_to(shape)
     if steps:
         trainer.train()
     trainer.finalize()
@@ -45,7 +45,7 @@ def test_dimensions_chosen_by_the_user_come_out(
     assert record["hidden"]["after"] == wanted.hidden
     # What one run gave, another can be asked for.
     again = make(tiny_model("llama"), tmp_path / "again", shape=record)
-    assert again.ready.allocator.constraints.floor == wanted
+    assert again.prepared.allocator.constraints.floor == wanted
 
 
 def test_a_shape_is_found_where_steps_of_a_price_are_rounded(
@@ -53,11 +53,11 @@ def test_a_shape_is_found_where_steps_of_a_price_are_rounded(
 ) -> None:
     monkeypatch.setattr("nuteprune.gates.allowed_shapes.FINEST", 4)
     trainer = make(tiny_model("qwen2_moe"), tmp_path, shape={"experts": 5, "neurons": 20})
-    allocator = trainer.ready.allocator
+    allocator = trainer.prepared.allocator
     for seed in range(4):
         scores = chance(allocator.budget, allocator.constraints.kinds, seed)
         wanted = allocator.constraints.floor
-        assert allocator.shape(scores, trainer.ready.goals[-1].goal) == wanted
+        assert allocator.shape(scores, trainer.prepared.targets[-1].goal) == wanted
 
 
 @pytest.mark.parametrize(

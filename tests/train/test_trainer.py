@@ -52,7 +52,7 @@ def test_any_number_of_steps_ends_at_the_target(
     projections = sum(p.numel() for n, p in small.named_parameters() if "_proj" in n)
     assert record["params"]["blocks_after"] == projections
     assert record["params"]["after"] == sum(p.numel() for p in small.parameters())
-    unit = unit_share(trainer.ready.allocator)
+    unit = unit_share(trainer.prepared.allocator)
     assert 0.3 <= record["sparsity"] <= 0.3 + unit + 1e-9
     tokens = torch.arange(3, 15)[None]
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_the_default_is_the_surgeon(tiny_model, tmp_path: Path) -> None:
     for name, settings in (("a", {}), ("b", {"method": "surgeon"})):
         trainer = make(tiny_model("llama"), tmp_path / name, max_steps=2, **settings)
         trainer.train()
-        found.append((metrics(tmp_path / name)[-1]["loss"], trainer.ready.bank.state()))
+        found.append((metrics(tmp_path / name)[-1]["loss"], trainer.prepared.bank.state()))
     (ours, state), (theirs, other) = found
     assert ours == theirs
     assert all(torch.equal(state[name], other[name]) for name in other)
@@ -124,7 +124,7 @@ def test_masks_of_the_stages_are_those_of_every_step(
     trainer.compute_loss = watched
     trainer.train()
     assert len(seen) == 2
-    scores, allocator = read_tensors(tmp_path / "score.safetensors")[0], trainer.ready.allocator
+    scores, allocator = read_tensors(tmp_path / "score.safetensors")[0], trainer.prepared.allocator
     expected = allocator.masks(allocator.shape(scores, 0.3), scores).values
     for masks in (
         *seen,
@@ -218,7 +218,7 @@ def test_losses_that_are_not_finite_stop_the_run(tiny_model, tmp_path: Path) -> 
     trainer.compute_loss = lambda *a, **k: original(*a, **k) * float("nan")
     with pytest.raises(RunFailed, match="not finite in 3 steps"):
         trainer.train()
-    weights = trainer.ready.bank.state().values()
+    weights = trainer.prepared.bank.state().values()
     assert all(torch.isfinite(w).all() for w in weights)
 
 
@@ -283,10 +283,10 @@ def test_the_language_model_term_is_the_models_own_loss_of_real_tokens(
     ids = torch.arange(3, 35).reshape(2, LENGTH)
     real = torch.ones_like(ids)
     real[1, 10:] = 0
-    trainer.masks = trainer.ready.allocator.chance(0.3)
+    trainer.masks = trainer.prepared.allocator.chance(0.3)
     trial_step(trainer, {"input_ids": ids, "attention_mask": real})
     labels = ids.masked_fill(real == 0, -100)
-    with torch.no_grad(), trainer.ready.hooks.using(trainer.masks):
+    with torch.no_grad(), trainer.prepared.hooks.using(trainer.masks):
         expected = trainer.anatomy.model(ids, attention_mask=real, labels=labels).loss
     assert float(trainer.parts["lm"]) == pytest.approx(float(expected), rel=1e-5)
 
@@ -301,13 +301,13 @@ def test_masks_and_weights_that_are_given_are_used(tiny_model, tmp_path: Path) -
     losses = []
     for name, parts in (("both", (masks, weights)), ("masks", (masks, None))):
         given: dict[str, Any] = {"weights": parts[1]}
-        given["masks"] = Masks(made.ready.layout, parts[0])
+        given["masks"] = Masks(made.prepared.layout, parts[0])
         trainer = make(tiny_model("llama"), tmp_path / name, max_steps=2, given=given)
         trainer.train()
         assert not list((tmp_path / name).glob("*.safetensors"))
         assert trainer.final_masks() is given["masks"]
         losses.append([line["loss"] for line in metrics(tmp_path / name)])
-        replaced = {k for k in trainer.ready.bank.state() if k.endswith(".W")}
+        replaced = {k for k in trainer.prepared.bank.state() if k.endswith(".W")}
         assert replaced == (set(weights) if parts[1] else set())
     assert losses[0] == [line["loss"] for line in metrics(tmp_path / "made")]
     assert losses[1] != losses[0]

@@ -45,9 +45,9 @@ def demo(
     asked = {"model": DEMO, "out": folder if out is None else out, **given}
     job = make_job(PruneJob, asked, config, assignments or ())
     check_free(job)
-    from nuteprune.jobs.demo import finished
+    from nuteprune.jobs.demo import run_and_report
 
-    return partial(finished, job)
+    return partial(run_and_report, job)
 
 
 @o.command(PruneSettings, PruneJob, but=_NOT_ASKED)
@@ -106,9 +106,9 @@ def prune(
     job = make_job(PruneJob, asked, config, assignments or ())
     check_target(job)
     check_free(job)
-    from nuteprune.jobs.prune import finished
+    from nuteprune.jobs.prune import run_and_report
 
-    return partial(finished, job)
+    return partial(run_and_report, job)
 
 
 @o.command(Evaluation)
@@ -148,9 +148,9 @@ def recover(model: o.Model, out: o.Out, **given: Any) -> o.Work:
     """
     job = make_job(RecoverJob, {"model": model, "out": out, **given})
     check_free(job)
-    from nuteprune.jobs.recover import finished
+    from nuteprune.jobs.recover import run_and_report
 
-    return partial(finished, job)
+    return partial(run_and_report, job)
 
 
 @o.command(Exporting)

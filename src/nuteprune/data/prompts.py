@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.columns import chat_turns, render
+from nuteprune.data.decoding import TextInProgress, write_batch
 from nuteprune.data.readers import file_rows
 from nuteprune.data.tokens import Openings, bos_of, ids_of, openings, texts_of
-from nuteprune.data.writing import TextInProgress, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
 

@@ -38,7 +38,7 @@ def with_defaults(job: PruneJob) -> PruneJob:
     return job
 
 
-def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
+def run_and_report(job: PruneJob, output: Output) -> dict[str, Any] | None:
     """Prune, compare and print; returns the record with what was measured."""
     assets.model_folder(output.line)  # fetched before anything else
     assets.documents(output.line)

@@ -25,7 +25,7 @@ from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lookup import knowing
 from nuteprune.model.small import VOCABULARY, small_model
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 
 SHAPES = ("free", "uniform")
 LARGEST_ERROR = 1e-4

@@ -163,7 +163,7 @@ def shared_out(
         UserError: if there is no time for anything sensible.
     """
     sources = max(1, len(trial.held_out))
-    models = 1 + len(trial.goals) * (1 + BESIDE) + job.after
+    models = 1 + len(trial.targets) * (1 + BESIDE) + job.after
     judged = JUDGE * rates.block * sources * models  # seconds, a block of each source
     each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
     judging = judged * each
@@ -194,24 +194,24 @@ def shared_out(
 
 def _times(job: PruneJob, trial: Run, rates: Rates, args: NutePruneConfig) -> tuple[float, float]:
     """Return the seconds from the first stage to the first step, without judging, and of a step."""
-    goals, model = trial.goals, trial.model
+    targets, model = trial.targets, trial.model
     method = METHODS[args.method]
     sizes = model.layout.sizes
     attention = sum(sum(sizes[kind]) for kind in ("heads", "kv_groups") if kind in model.kinds)
     scored = GRADIENTS * with_gradients(args.method, args.scored_blocks)
     scored += BY_LAYER * method.by_layer * args.scored_blocks
-    scored += CUT * method.cuts * attention * goals[-1].sparsity
+    scored += CUT * method.cuts * attention * targets[-1].sparsity
     refit = REFIT * args.refit_blocks
     again = args.tried and model.can_try_cuts
-    stops = len(stops_before(goals[-1].sparsity)) * again
-    blocks = (1 + stops) * scored + (stops + len(goals)) * refit
+    stops = len(stops_before(targets[-1].sparsity)) * again
+    blocks = (1 + stops) * scored + (stops + len(targets)) * refit
     share = share_to_write(job)
     read = args.calibrated_blocks
     written = tokens_to_write(read, read, share, job.length) if share else 0
     text = rates.first + rates.token * written if written else 0.0
     # Steps beyond what is calibrated on need text too, which is written before.
     more = rates.token * share * job.length
-    step = (rates.block + more) * args.sequences_per_step * len(goals)
+    step = (rates.block + more) * args.sequences_per_step * len(targets)
     return blocks * rates.block + text, step
 
 
@@ -222,10 +222,10 @@ def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int] | 
         return None
 
     def steps_in_time(run: Run, trainer: NutePruneTrainer) -> int:
-        goals = len(run.goals) - run.goals.index(trainer.goal)
+        left = len(run.targets) - run.targets.index(trainer.target)
         dense = run.products.costs.get("judge", {}).get("seconds", 0.0)
-        judging = dense * (goals * (1 + BESIDE) + job.after)
-        step = seconds_per_step(trainer) * goals
+        judging = dense * (left * (1 + BESIDE) + job.after)
+        step = seconds_per_step(trainer) * left
         return max(FEWEST, math.floor((end - time.monotonic() - judging) / step))
 
     return steps_in_time

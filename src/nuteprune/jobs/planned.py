@@ -73,13 +73,13 @@ def _reached(run: Run, output: Output) -> dict[str, Any]:
     """Print what each target comes to in every unit, and return it."""
     allocator, prices = run.model.allocator, run.model.prices
     budget, scores = allocator.budget, allocator.chance_scores()
-    shapes = [allocator.shape(scores, goal.goal) for goal in run.goals]
+    shapes = [allocator.shape(scores, target.goal) for target in run.targets]
     counts = [int(prices.params.total(shape)) for shape in shapes]
     sizes = [int(prices.size.total(shape)) for shape in shapes]
     caches = [prices.cache(shape) for shape in shapes]
     active = [of["active_after"] for shape in shapes if (of := prices.of_a_token(shape))]
     faster = [x for shape in shapes if (x := prices.speedup(shape)) is not None]
-    for i, (target, shape) in enumerate(zip(run.goals, shapes, strict=True)):
+    for i, (target, shape) in enumerate(zip(run.targets, shapes, strict=True)):
         output.line(
             f"Reach   {describe_target(target)} asked, {budget.sparsity(shape):.3%} gone: "
             f"{millions(counts[i])} parameters"
@@ -89,9 +89,9 @@ def _reached(run: Run, output: Output) -> dict[str, Any]:
             + (f"; expected to be {faster[i]:.2f} x as fast" if faster else "")
         )
     return {
-        "targets": [goal.sparsity for goal in run.goals],
+        "targets": [target.sparsity for target in run.targets],
         "sparsity": [budget.sparsity(shape) for shape in shapes],
-        "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in run.goals],
+        "asked": [{"kind": x.asked.kind, "value": x.asked.value} for x in run.targets],
         "parameters": counts,
         **({"active_parameters": active} if active else {}),
         "bytes": sizes,
@@ -156,12 +156,12 @@ def _reckoned(run: Run, writing: float, step: float | None) -> float:
     """Return about how long a run takes that cannot be planned."""
     args = run.args
     rounds = args.tried and run.model.can_try_cuts
-    stops = len(stops_before(run.goals[-1].sparsity)) * rounds
+    stops = len(stops_before(run.targets[-1].sparsity)) * rounds
     # A scored or refitted block costs most of a step's share of one.
-    refits = stops + len(run.goals)
+    refits = stops + len(run.targets)
     blocks = args.scored_blocks * (1 + stops) + args.refit_blocks * refits
     each = args.train_batch_size * args.gradient_accumulation_steps
-    return writing + (step or 0.0) * (args.max_steps * len(run.goals) + blocks / each)
+    return writing + (step or 0.0) * (args.max_steps * len(run.targets) + blocks / each)
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,10 @@ def prune(
     given = {"model": model, "out": out, "data": data, "sparsity": sparsity, "steps": steps}
     job = make_job(PruneJob, {**given, **settings}, config)
     with quiet_loading():
-        return finished(job, Output(quiet=quiet))
+        return run_and_report(job, Output(quiet=quiet))
 
 
-def finished(job: PruneJob, output: Output) -> dict[str, Any] | None:
+def run_and_report(job: PruneJob, output: Output) -> dict[str, Any] | None:
     """Do the job, print what came out, and write its report; returns as `prune` does.
 
     Raises:

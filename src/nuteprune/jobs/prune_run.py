@@ -105,12 +105,12 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
     check_wrapper(job, prepared, whole)
     shared = Path(str(config.output_dir))
 
-    def run_folder_of(goal: Target) -> Path:
-        return shared if len(prepared.goals) == 1 else shared.parent / goal.asked.folder / RUN
+    def run_folder_of(target: Target) -> Path:
+        return shared if len(prepared.targets) == 1 else shared.parent / target.asked.folder / RUN
 
     what = what_it_is(job) | _hashes(job, config)
 
-    def trainer_of(goal: Target) -> NutePruneTrainer:
+    def trainer_of(target: Target) -> NutePruneTrainer:
         own = copy.copy(config)
         kind = import_module(config.PIPELINE).TRAINER
         with settings_of_user():
@@ -119,7 +119,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
                 own,
                 text.training,
                 tokenizer,
-                goal=goal,
+                target=target,
                 products=products,
                 progress=bars.update,
                 job=what,
@@ -127,11 +127,11 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
             trainer.check_optimizer()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepProgress(trainer, bars, "teach"))
-        own.output_dir = str(run_folder_of(goal))  # Trainer makes its folder at once: not yet
+        own.output_dir = str(run_folder_of(target))  # Trainer makes its folder at once: not yet
         return trainer
 
     products = Products(None, {})
-    first = trainer_of(prepared.goals[0])  # settings fail, and the model is placed, before all else
+    first = trainer_of(prepared.targets[0])  # settings fail and the model is placed before all else
     settings = first.settings()
     depend: dict[str, Any] = {x: settings[x] for x in ("model", "dtype", "nuteprune")}
     depend |= {} if job.vocab is None else {"vocab": settings["vocab"]}

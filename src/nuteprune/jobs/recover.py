@@ -73,10 +73,10 @@ def recover(
     given = {"model": model, "out": out, "data": data, "steps": steps}
     job = make_job(RecoverJob, {**given, **settings})
     with quiet_loading():
-        return finished(job, Output(quiet=quiet))
+        return run_and_report(job, Output(quiet=quiet))
 
 
-def finished(job: RecoverJob, output: Output) -> dict[str, Any] | None:
+def run_and_report(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     """Do the job, and print what came out; returns the same as `recover`."""
     with alone(job.out) if is_main() else nullcontext():
         if is_main():  # the others may come when it has begun to write

@@ -44,8 +44,8 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     budget, model = prepared.allocator.budget, prepared.anatomy.model
     shape, total = budget.shape, prepared.origin.parameters
     first = shape.layers[0]
-    targets = ", ".join(describe_target(goal) for goal in run.goals)
-    goal = budget.before * run.goals[-1].sparsity
+    targets = ", ".join(describe_target(target) for target in run.targets)
+    removed = budget.before * run.targets[-1].sparsity
     output.line(
         f"Model   {job.model}: {prepared.anatomy.family.model_type}, {millions(total)} parameters"
     )
@@ -56,7 +56,7 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     )
     output.line(
         f"Target  {targets} of {millions(budget.before)} decoder parameters = "
-        f"{millions(goal)} ({goal / total:.1%} of all)"
+        f"{millions(removed)} ({removed / total:.1%} of all)"
     )
     output.line(
         f"        {args.shapes} shapes, gates on {', '.join(prepared.kinds)} "

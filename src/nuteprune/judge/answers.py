@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from nuteprune.data.decoding import fitting
 from nuteprune.data.prompts import Prompts
 from nuteprune.data.tokens import texts_of
-from nuteprune.data.writing import fitting
 from nuteprune.errors import UserError
 from nuteprune.model.forwards import evaluating, heads_as_tokens, last_logits
 

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from nuteprune.errors import UserError
 from nuteprune.memory import mapped
-from nuteprune.model.adapters import ADAPTER, Place, places_of, sides_of
 from nuteprune.model.anatomy import Anatomy, without_lora
 from nuteprune.model.family import Projection
 from nuteprune.model.forwards import Value, replaced
+from nuteprune.model.trainable import ADAPTER, Place, places_of, sides_of
 from nuteprune.model.weights import Away, gathered, home_of, is_sharded, like, put_rows, weight_of
 from nuteprune.processes import is_main
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from nuteprune.data.writing import fitting, most_cached
+from nuteprune.data.decoding import fitting, most_cached
 from nuteprune.errors import UserError
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.masks import Layout, Masks

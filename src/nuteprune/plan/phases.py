@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from nuteprune.data.decoding import TEXT_TOKENS, plain_together
 from nuteprune.data.training_text import JUDGED
-from nuteprune.data.writing import TEXT_TOKENS, plain_together
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
@@ -35,7 +35,7 @@ from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.stages.write import OWN_SHARE, tokens_to_write
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
-from nuteprune.train.setup import make_allocator
+from nuteprune.train.constraints import make_allocator
 from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED, FORMULA = "simulated", "formula"
@@ -127,9 +127,9 @@ class Plan:
         allocator = make_allocator(anatomy, args)
         sizes = Sizes.of(anatomy, args, length, allocator.constraints.kinds)
         prices = Prices.of(anatomy, written, args)
-        goals, scores = run_targets(allocator, args, prices), allocator.chance_scores()
-        targets = tuple(x.sparsity for x in goals)
-        each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in goals)
+        asked, scores = run_targets(allocator, args, prices), allocator.chance_scores()
+        targets = tuple(x.sparsity for x in asked)
+        each = (prices.of_a_token(allocator.shape(scores, x.goal)) for x in asked)
         found = tuple(x for x in each if x)
         return cls(config, args, length, dtype, sizes, allocator, targets, found, written, **more)
 

@@ -37,7 +37,7 @@ def seconds_per_step(trainer: NutePruneTrainer, passes: int = 2) -> float:
 
 def cut_by_chance(trainer: NutePruneTrainer) -> None:
     """Give a run that has not begun random masks at its target."""
-    masks = trainer.ready.allocator.chance(trainer.goal.sparsity).to(trainer.ready.device)
+    masks = trainer.prepared.allocator.chance(trainer.target.sparsity).to(trainer.prepared.device)
     if trainer.args.progressive:
         import_module("nuteprune.progressive.plan").begin(trainer, masks)
     else:

@@ -66,7 +66,7 @@ class Walk:
         self._folder = Path(str(args.output_dir)) if stored is not None else None
         self._model.bank.folder = self._folder
         without_data(self._model.model)
-        self._masks = masks or self._model.allocator.chance(self._model.goals[-1].sparsity)
+        self._masks = masks or self._model.allocator.chance(self._model.targets[-1].sparsity)
 
     @contextmanager
     def _counting(self) -> Iterator[Live]:

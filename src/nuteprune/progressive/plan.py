@@ -37,7 +37,7 @@ def begin(trainer: NutePruneTrainer, masks: Masks) -> None:
     assert isinstance(trainer, ProgressiveTrainer)
     if trainer.schedule.freeze_step == 0:
         trainer.gates.restore_masks(masks)
-    trainer.gates.begin_step(trainer.goal.sparsity, trainer.args.seed)
+    trainer.gates.begin_step(trainer.target.sparsity, trainer.args.seed)
 
 
 class Planned(ProgressiveTrainer):
@@ -72,7 +72,7 @@ class Planned(ProgressiveTrainer):
         if self._kind != TAUGHT:
             return DENSE
         dtype = self.anatomy.embedding.weight.dtype
-        held = {k: torch.empty_like(v, dtype=dtype) for k, v in self.ready.bank.state().items()}
+        held = {k: torch.empty_like(v, dtype=dtype) for k, v in self.prepared.bank.state().items()}
         return Role(self._fixed, held)
 
     def penalty(self) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
+from nuteprune.model.trainable import leave_out
 from nuteprune.processes import agree, is_main
 from nuteprune.progressive.config import GATE_TYPES, ProgressiveConfig
 from nuteprune.progressive.teachers import Teachers
@@ -29,7 +30,6 @@ from nuteprune.stages.refit import refit
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.first_stages import calibration_blocks
 from nuteprune.train.prepare import Prepared
-from nuteprune.train.setup import leave_out
 from nuteprune.train.state import RunState
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -47,18 +47,18 @@ class ProgressiveTrainer(NutePruneTrainer):
 
     args: ProgressiveConfig
 
-    def add_to(self, ready: Prepared, args: NutePruneConfig) -> None:
+    def add_to(self, prepared: Prepared, args: NutePruneConfig) -> None:
         """Add gates to the model, and plan when they move and who teaches."""
         assert isinstance(args, ProgressiveConfig)
-        self.schedule = args.schedule(self.goal.sparsity)
-        kind, allocator = GATE_TYPES[args.gate_type], ready.allocator
+        self.schedule = args.schedule(self.target.sparsity)
+        kind, allocator = GATE_TYPES[args.gate_type], prepared.allocator
         # Trainer leaves models in 8 or 4 bits where they are, and what hangs on them too.
         self.gates = kind(allocator, allocator.equal_scores()).to(args.device)
-        ready.model.add_module("nuteprune_gates", self.gates)
-        leave_out(ready.model)
+        prepared.model.add_module("nuteprune_gates", self.gates)
+        leave_out(prepared.model)
         self._teacher_index, self._has_scores = -1, False
         folder = Path(cast(str, args.output_dir)) / TEACHERS
-        self.teachers = Teachers(folder, ready.layout, keep=args.device.type != "cpu")
+        self.teachers = Teachers(folder, prepared.layout, keep=args.device.type != "cpu")
 
     def begin(self, resumes: bool = False) -> None:
         """Start the gates from scores, where they follow any."""
@@ -145,26 +145,26 @@ class ProgressiveTrainer(NutePruneTrainer):
         self.gates.end_step()
         sparsity = self.gates.sparsity()
         if not self.gates.frozen and self.schedule.due(sparsity, self.teachers.newest):
-            self.teachers.record(sparsity, self.gates.snapshot(), self.ready.bank.state())
+            self.teachers.record(sparsity, self.gates.snapshot(), self.prepared.bank.state())
 
     def freeze(self) -> None:
         """Fix the masks, and refit the weights that stay where that is asked for."""
-        args, expected, asked = self.args, self.gates.sparsity(), self.goal.sparsity
+        args, expected, asked = self.args, self.gates.sparsity(), self.target.sparsity
         if self._step >= 0 and expected < asked - FAR:
             logger.warning(
                 f"learned masks were frozen where they expected to cut {expected:.1%}, not "
                 f"{asked:.1%}: quality suffers; more --steps let them get there"
             )
-        masks = self.gates.freeze(self.goal.goal)
+        masks = self.gates.freeze(self.target.goal)
         if args.refit:
             blocks = calibration_blocks(self.train_dataset, args.refit_blocks)
             size, rank = args.per_device_train_batch_size, args.lora_rank
             weights = refit(
-                self.ready, masks, blocks, batch_size=size, rank=rank, progress=self._progress
+                self.prepared, masks, blocks, batch_size=size, rank=rank, progress=self._progress
             )
-            if not self.ready.is_sharded:
+            if not self.prepared.is_sharded:
                 agree(weights.values())
-            self.ready.bank.install(weights)
+            self.prepared.bank.install(weights)
 
     def as_pruned(self) -> AbstractContextManager[None]:
         """Return a context in which `model` uses the current masks; outside of it, none."""
@@ -202,7 +202,7 @@ class ProgressiveTrainer(NutePruneTrainer):
     def run_state(self) -> RunState:
         """Return the state of the run: LoRA, gates, masks, teachers and scores."""
         tensors = {
-            "lora": self.ready.bank.state(),
+            "lora": self.prepared.bank.state(),
             "gates": self.gates.state_dict(),
             "masks": self.gates.snapshot().values,
         }
@@ -213,7 +213,7 @@ class ProgressiveTrainer(NutePruneTrainer):
     def take_state(self, state: RunState) -> None:
         """Restore LoRA, masks, gates, teachers and scores of an earlier state."""
         self._step = -1
-        self.ready.bank.load(state.lora)
+        self.prepared.bank.load(state.lora)
         try:
             self.gates.load_state_dict(state.tensors["gates"])
         except RuntimeError as error:
@@ -222,7 +222,7 @@ class ProgressiveTrainer(NutePruneTrainer):
                 "settings; resume with the run's own settings, or start anew with --overwrite"
             ) from error
         if state.notes["frozen"]:
-            self.gates.restore_masks(Masks(self.ready.layout, state.tensors["masks"]))
+            self.gates.restore_masks(Masks(self.prepared.layout, state.tensors["masks"]))
         self.teachers.restore(state.notes["teachers"], state.notes["sums"])
         self.bad_steps.restore(state.notes["bad_steps"])
         self._has_scores = True
@@ -246,17 +246,17 @@ TRAINER = ProgressiveTrainer
 
 
 def pipeline(run: Run) -> dict[Path, Record]:
-    """Make a smaller checkpoint for each of a run's goals; see `nuteprune.pipeline`.
+    """Make a smaller checkpoint for each of a run's targets; see `nuteprune.pipeline`.
 
     Gates start from scores or all alike. `ProgressiveTrainer` chooses and refits on the way.
     """
     run.write()
     dense = run.judge_dense()
     records = {}
-    for goal in run.each_goal():
-        trainer = run.teach(goal)
+    for target in run.each_target():
+        trainer = run.teach(target)
         if is_main():
-            sliced = run.slice(trainer, goal)
+            sliced = run.slice(trainer, target)
             judged = run.judge(sliced, dense)
             folder, records[folder] = run.save(trainer, judged)
     return records

@@ -15,9 +15,9 @@ import torch
 from filelock import FileLock
 from torch.distributed.tensor import DTensor
 
+from nuteprune.data.decoding import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
 from nuteprune.data.tokens import Openings, bos_of, end_of, openings, texts_of
 from nuteprune.data.training_text import written_blocks
-from nuteprune.data.writing import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
@@ -54,7 +54,7 @@ def write(
 
     A text begins with what the tokenizer begins texts with, or with end-of-text. A drawn token
     follows, each time another one (`tokens.TEMPERATURE`). The model ends the text, after
-    `writing.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
+    `decoding.TEXT_TOKENS` tokens at most. With a chat template a quarter of the tokens is chats:
     the model writes a user's question and the answer, of a block's length at most.
 
     The file is written batch by batch. A second call with the same arguments keeps whole batches

@@ -86,7 +86,7 @@ class Distiller(AtomicTrainer):
     """Teaches a prepared model, whose masks are fixed here.
 
     Args:
-        ready: the dense model, prepared.
+        prepared: the dense model, prepared.
         args: the run's settings.
         masks: the units to keep; None: they are set before the first step.
         **kwargs: passed on to `AtomicTrainer`.
@@ -96,17 +96,17 @@ class Distiller(AtomicTrainer):
     model: PeftModel
 
     def __init__(
-        self, ready: Prepared, args: NutePruneConfig, masks: Masks | None, **kwargs: Any
+        self, prepared: Prepared, args: NutePruneConfig, masks: Masks | None, **kwargs: Any
     ) -> None:
-        self.ready, self.masks = ready, masks
-        self.anatomy, self.coforward = ready.anatomy, ready.coforward
+        self.prepared, self.masks = prepared, masks
+        self.anatomy, self.coforward = prepared.anatomy, prepared.coforward
         # The layer terms' gradients are too small for float16; what is learned is kept in float32.
-        self.loss_scale = 2.0**14 if ready.origin.computed_dtype == torch.float16 else 1.0
+        self.loss_scale = 2.0**14 if prepared.origin.computed_dtype == torch.float16 else 1.0
         self.bad_steps = BadSteps(args.device)
         self.parts: dict[str, Tensor | float] = {}
         self._step = -1
         callbacks = [_EndOfStep(self), *(kwargs.pop("callbacks", None) or [])]
-        super().__init__(ready.model, args, callbacks=callbacks, **kwargs)
+        super().__init__(prepared.model, args, callbacks=callbacks, **kwargs)
         self.model_accepts_loss_kwargs = False
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -200,7 +200,7 @@ class Distiller(AtomicTrainer):
             return_outputs: not used.
             num_items_in_batch: the step's `batch_counts` (3,); None: all micro-batches are alike.
         """
-        assert self.ready.hooks.masks is not None, "without masks the student is the dense model"
+        assert self.prepared.hooks.masks is not None, "without masks the student is the dense model"
         objective = self.args.losses
         # Not a local variable: a teacher need not be in memory any more in the backward pass.
         passage = self.coforward.run(model, inputs, self.teacher())
@@ -239,7 +239,7 @@ class Distiller(AtomicTrainer):
     def sparsity(self) -> float:
         """Return the sparsity of the step's masks."""
         assert self.masks is not None
-        return self.ready.allocator.sparsity(self.masks)
+        return self.prepared.allocator.sparsity(self.masks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss to the logs; see `AtomicTrainer.log`.
@@ -254,11 +254,11 @@ class Distiller(AtomicTrainer):
 
     def run_state(self) -> RunState:
         """Return the trained weights; masks and refitted weights are products of the run."""
-        return RunState({"lora": self.ready.bank.lora()}, {"bad_steps": self.bad_steps.read()})
+        return RunState({"lora": self.prepared.bank.lora()}, {"bad_steps": self.bad_steps.read()})
 
     def take_state(self, state: RunState) -> None:
         """Go back to a state that `run_state` returned."""
-        self.ready.bank.load_lora(state.lora)
+        self.prepared.bank.load_lora(state.lora)
         self.bad_steps.restore(state.notes["bad_steps"])
         self._step = -1
 

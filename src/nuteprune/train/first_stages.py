@@ -37,7 +37,7 @@ class FirstStages:
         text: the training text, whose ends are the calibration text.
         products: what the stages leave.
         progress: called with the progress of each stage.
-        folder_of: where products of a goal are; None: with the others.
+        folder_of: where products of a target are; None: with the others.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FirstStages:
         args, model = self.args, self.model
         blocks_NT = self._blocks_NT[: args.scored_blocks]
         rounds = args.tried and model.can_try_cuts
-        target = model.goals[-1].sparsity
+        target = model.targets[-1].sparsity
 
         return self.products.keep(
             "score",
@@ -82,29 +82,29 @@ class FirstStages:
             target=target if rounds or METHODS[args.method].cuts else None,
         )
 
-    def choose(self, scores: Scores, goal: Target) -> Masks:
+    def choose(self, scores: Scores, target: Target) -> Masks:
         """Return which units stay at a target."""
         model = self.model
         values = self.products.keep(
             "choose",
-            lambda: choose(model, scores, goal.goal).to("cpu").values,
-            folder=self._folder_of(goal),
-            target=str(goal.asked),
-            sparsity=goal.sparsity,
+            lambda: choose(model, scores, target.goal).to("cpu").values,
+            folder=self._folder_of(target),
+            target=str(target.asked),
+            sparsity=target.sparsity,
             shapes=self.args.shapes,
             neuron_multiple=self.args.neuron_multiple,
             hidden_multiple=self.args.hidden_multiple,
         )
         return Masks(model.layout, values).to(model.device)
 
-    def refit(self, masks: Masks, goal: Target) -> Weights | None:
+    def refit(self, masks: Masks, target: Target) -> Weights | None:
         """Return the refitted weights; None without a refit."""
         if not self.args.refit:
             return None
         return self.products.keep(
             "refit",
             lambda: refit(self.model, masks, self._refit_NT, rank=self.args.lora_rank, **self._how),
-            folder=self._folder_of(goal),
+            folder=self._folder_of(target),
             everywhere=not self.model.is_sharded,
             batch_size=self.args.per_device_train_batch_size,
             rank=self.args.lora_rank,

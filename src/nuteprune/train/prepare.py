@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import set_seed
 
 from nuteprune.distill.coforward import CoForward
 from nuteprune.errors import UserError
@@ -20,14 +21,15 @@ from nuteprune.export.record import origin_of, read_record
 from nuteprune.model.anatomy import Anatomy, silence_dropout
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
+from nuteprune.model.trainable import add_lora, leave_out
 from nuteprune.model.weights import is_packed, offload, shard_base, weight_of
 from nuteprune.run_folder import RECORD
 from nuteprune.simulated import has_data
 from nuteprune.stages import Prunable
 from nuteprune.train.checks import check_checkpointing, check_given, check_placement
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.constraints import check_stock, make_allocator
 from nuteprune.train.settings import RATE
-from nuteprune.train.setup import check_stock, leave_out, make_allocator, with_lora
 from nuteprune.train.targets import Prices, Target, run_targets
 
 
@@ -70,21 +72,21 @@ class Origin:
 
 @dataclass(frozen=True)
 class Prepared(Prunable):
-    """A dense model with the hooks, LoRA and goals of a run.
+    """A dense model with the hooks, LoRA and targets of a run.
 
     Args:
         origin: facts of the dense model.
         model: the dense model with LoRA.
         coforward: the two roles that it plays.
         prices: the costs of a model of any shape.
-        goals: the sizes to cut it to, the largest first.
+        targets: the sizes to cut it to, the largest first.
     """
 
     origin: Origin
     model: PeftModel
     coforward: CoForward
     prices: Prices
-    goals: tuple[Target, ...]
+    targets: tuple[Target, ...]
 
     @property
     def must_be_reloaded(self) -> bool:
@@ -230,12 +232,14 @@ def prepare(
     allocator = make_allocator(dense, args)
     # Fails early, before the model is touched, if a target is out of reach.
     prices = Prices.of(dense, origin.stored_dtype, args)
-    goals = run_targets(allocator, args, prices)
-    check_stock(dense, allocator, goals[-1].goal)
+    targets = run_targets(allocator, args, prices)
+    check_stock(dense, allocator, targets[-1].goal)
     if args.learning_rate is None:
         args.learning_rate = usual_rate(dense)
     silence_dropout(model)
-    peft_model = with_lora(dense, args)
+    set_seed(args.seed)
+    rank, narrow = args.lora_rank, args.has_narrow_lora
+    peft_model = add_lora(dense, r=rank, lora_alpha=rank, queries_and_values=narrow)
     anatomy = Anatomy(peft_model)
     hooks = MaskHooks(anatomy)
     bank = LoraBank(anatomy, Path(cast(str, args.output_dir)))
@@ -253,5 +257,5 @@ def prepare(
         model=peft_model,
         coforward=CoForward(anatomy, hooks, bank, args.losses),
         prices=prices,
-        goals=goals,
+        targets=targets,
     )

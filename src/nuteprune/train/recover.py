@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
 
 from nuteprune.data.examples import pad
 from nuteprune.distill.losses import Head, language_model_loss
@@ -22,11 +23,11 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.model.anatomy import Anatomy, no_logits
 from nuteprune.model.forwards import noting_outputs
 from nuteprune.model.lora import LoraBank, lora_in_base_dtype
+from nuteprune.model.trainable import add_lora, leave_out
 from nuteprune.shrink.finalize import merge_layer
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.checks import check_given, check_whole
 from nuteprune.train.config import RecoverConfig
-from nuteprune.train.setup import leave_out, with_lora
 from nuteprune.train.state import RunState
 
 
@@ -61,7 +62,9 @@ class RecoverTrainer(AtomicTrainer):
         check_given(model, kwargs)
         if hasattr(train_dataset, "__len__") and not len(train_dataset):
             raise UserError("train_dataset is empty: pass items with input_ids and labels")
-        wrapped = with_lora(Anatomy(model), args)
+        set_seed(args.seed)
+        rank, dropout = args.lora_rank, args.lora_dropout
+        wrapped = add_lora(Anatomy(model), r=rank, lora_alpha=rank, lora_dropout=dropout)
         leave_out(wrapped)
         self.anatomy = Anatomy(wrapped)
         self.bank = LoraBank(self.anatomy)

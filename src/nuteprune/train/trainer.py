@@ -50,7 +50,7 @@ class NutePruneTrainer(Distiller):
         processing_class: the tokenizer, saved with the result.
         masks: the units to keep; None: the stages decide.
         weights: what `refit` returned for these masks.
-        goal: which of the model's goals they are for; None: the last one.
+        target: which of the model's targets they are for; None: the last one.
         products: where the stages leave what they make; None: in the run's folder.
         progress: told about long work outside of training.
         stored_dtype: of the checkpoint that the model is from, which the result keeps; None: the
@@ -71,7 +71,7 @@ class NutePruneTrainer(Distiller):
         processing_class: PreTrainedTokenizerBase | None = None,
         masks: Masks | None = None,
         weights: Weights | None = None,
-        goal: Target | None = None,
+        target: Target | None = None,
         products: Products | None = None,
         progress: Progress = silent,
         stored_dtype: torch.dtype | None = None,
@@ -82,7 +82,7 @@ class NutePruneTrainer(Distiller):
             check_text(train_dataset, alike=collator is collated)
         if isinstance(model, PreTrainedModel):
             model = prepare(model, args, stored_dtype, kwargs)
-        self.goal, self.weights, self.products = goal or model.goals[-1], weights, products
+        self.target, self.weights, self.products = target or model.targets[-1], weights, products
         self.sliced: Sliced | None = None
         self._progress, self._used_up = progress, False
         self.add_to(model, args)
@@ -97,7 +97,7 @@ class NutePruneTrainer(Distiller):
             **kwargs,
         )
 
-    def add_to(self, ready: Prepared, args: NutePruneConfig) -> None:
+    def add_to(self, prepared: Prepared, args: NutePruneConfig) -> None:
         """Add to the model what a subclass trains beside LoRA, before Trainer looks at it."""
 
     # -- before the first step
@@ -131,16 +131,16 @@ class NutePruneTrainer(Distiller):
         if self.masks is None:
             cut = self.stages_before(resumes)
             scores = cut.score()
-            self.masks = cut.choose(scores, self.goal)
-            self.weights = cut.refit(self.masks, self.goal)
+            self.masks = cut.choose(scores, self.target)
+            self.weights = cut.refit(self.masks, self.target)
         if self.weights is not None:
-            self.ready.bank.install(self.weights)
+            self.prepared.bank.install(self.weights)
             self.weights = None
 
     def stages_before(self, resumes: bool) -> FirstStages:
         """Return the stages before the first step; see `begin`."""
         products = self.products or Products(self.run_folder, self.settings(), resumes)
-        return FirstStages(self.ready, self.args, self.train_dataset, products, self._progress)
+        return FirstStages(self.prepared, self.args, self.train_dataset, products, self._progress)
 
     def check_optimizer(self) -> None:
         """Make optimizer, schedule and loader once, so that settings fail before a run begins."""
@@ -170,10 +170,10 @@ class NutePruneTrainer(Distiller):
 
     def settings(self) -> dict[str, Any]:
         """Return the run's settings in their canonical spelling."""
-        found = super().settings() | {"gates": ",".join(self.ready.kinds)}
-        goals = self.ready.goals
-        if goals[0].asked.kind == "sparsity":
-            found["target_sparsity"] = [goal.sparsity for goal in goals]
+        found = super().settings() | {"gates": ",".join(self.prepared.kinds)}
+        targets = self.prepared.targets
+        if targets[0].asked.kind == "sparsity":
+            found["target_sparsity"] = [target.sparsity for target in targets]
         else:
             del found["target_sparsity"]  # a default, which says nothing
         return found
@@ -218,18 +218,18 @@ class NutePruneTrainer(Distiller):
         """
         self.check_unused()
         if dense is None:
-            self.ready.check_can_be_cut()
+            self.prepared.check_can_be_cut()
         self.settle()
         if self.optimizer is not None:
             self.optimizer.state.clear()  # moments of what is not trained any more
-        learned = self.ready.bank.learned()
+        learned = self.prepared.bank.learned()
         self._used_up = True
         if dense is None:
-            base = self.ready.unwrapped()
+            base = self.prepared.unwrapped()
             if self.args.offload:
                 bring_home(base)
         else:
-            self.ready.free()
+            self.prepared.free()
             base = dense if isinstance(dense, PreTrainedModel) else dense()
         return self._cut(base, learned)
 
@@ -240,10 +240,10 @@ class NutePruneTrainer(Distiller):
             dense: see `finalize`.
         """
         self.settle()
-        return self._cut(dense, self.ready.bank.learned())
+        return self._cut(dense, self.prepared.bank.learned())
 
     def _cut(self, base: PreTrainedModel, learned: Learned) -> PreTrainedModel:
-        origin, masks = self.ready.origin, self.final_masks()
+        origin, masks = self.prepared.origin, self.final_masks()
         assert masks is not None
         self.sliced = slice_model(
             base,
@@ -287,9 +287,9 @@ class NutePruneTrainer(Distiller):
 
     def _about(self, sliced: Sliced) -> dict[str, Any]:
         """Return the run's arguments for `stages.save`."""
-        ready, origin, shape = self.ready, self.ready.origin, sliced.shape
-        budget = ready.allocator.budget
-        if active := ready.prices.of_a_token(shape):
+        prepared, origin, shape = self.prepared, self.prepared.origin, sliced.shape
+        budget = prepared.allocator.budget
+        if active := prepared.prices.of_a_token(shape):
             active["active_before"] += origin.tokens
         return {
             **origin.entries,
@@ -301,7 +301,7 @@ class NutePruneTrainer(Distiller):
             "teachers": {"count": len(self.teachers_met()), "sparsities": self.teachers_met()},
             "bad_steps": self.bad_steps.read()[0],
             "seed": self.args.seed,
-            **self.goal.record(budget.sparsity(shape), ready.prices.cache(shape)),
+            **self.target.record(budget.sparsity(shape), prepared.prices.cache(shape)),
         }
 
     def teachers_met(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""Builds what a run's settings ask for: allocator, gates and LoRA of a model."""
+"""Which gates a run has, and which shapes it may end at: what its settings ask of the allocator."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import filterfalse
-from typing import Any
-
-from peft import PeftModel
-from torch import nn
-from transformers.trainer_utils import set_seed
 
 from nuteprune.errors import UserError
 from nuteprune.export.config import pruned_config
@@ -21,12 +16,11 @@ from nuteprune.gates.budget import Budget
 from nuteprune.gates.costs import Goal
 from nuteprune.gates.importance import check_scorable
 from nuteprune.gates.masks import Layout
-from nuteprune.model.adapters import add_lora
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import BLOCK_KINDS, GATE_KINDS
 from nuteprune.model.shape import Shape, kinds_of_cut
 from nuteprune.model.weights import is_packed
-from nuteprune.train.config import NutePruneConfig, RecoverConfig
+from nuteprune.train.config import NutePruneConfig
 
 DEFAULT_KINDS = ("kv_groups", "neurons")
 """Kinds of gates where none are named, as far as the family takes them."""
@@ -222,34 +216,3 @@ def _kinds_here(whole: Shape, kinds: tuple[str, ...]) -> tuple[str, ...]:
     if any(layer.heads_per_group > 1 for layer in whole.layers):
         return kinds
     return tuple(dict.fromkeys("heads" if kind == "kv_groups" else kind for kind in kinds))
-
-
-def with_lora(dense: Anatomy, args: NutePruneConfig | RecoverConfig) -> PeftModel:
-    """Freeze a model and put a run's LoRA on it, from random values of the run's seed.
-
-    LoRA is on all projections, or on those that make Q and V. It alone is trained.
-    """
-    dense.model.requires_grad_(False)
-    set_seed(args.seed)
-    more: dict[str, Any] = (
-        {"queries_and_values": args.has_narrow_lora}
-        if isinstance(args, NutePruneConfig)
-        else {"lora_dropout": args.lora_dropout}
-    )
-    return add_lora(dense, r=args.lora_rank, lora_alpha=args.lora_rank, **more)
-
-
-def leave_out(model: nn.Module) -> None:
-    """Tell DDP which parameters to ignore.
-
-    The penalty, alike on all processes, is no part of the forward pass that DDP looks at. Frozen
-    weights are alike too, or FSDP's: DDP would send them around, and hold them to the end.
-
-    Args:
-        model: the model, its gates with it.
-    """
-    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-        name
-        for name, p in model.named_parameters()
-        if ".lagrangian." in name or not p.requires_grad
-    ]

@@ -1,4 +1,4 @@
-"""Puts LoRA on a model, and finds the places whose weights a run trains or replaces.
+"""What is trained and what is frozen: LoRA on a model, and the places whose weights change.
 
 Shape suffixes: O rows and I columns of a weight, R rank.
 """
@@ -23,7 +23,9 @@ ADAPTER = "default"
 
 
 def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any) -> PeftModel:
-    """Wrap a model with LoRA, except output projections of mixers, whose kernels bypass it.
+    """Freeze a model, and wrap it with LoRA, which alone is trained.
+
+    LoRA is on all projections except the output projections of mixers, whose kernels bypass it.
 
     In mixtures PEFT takes the names of MLPs for those of stacked experts, which it would rebuild in
     each pass. It knows a mixture by the type in its config. A list of layers has no config, so PEFT
@@ -34,6 +36,7 @@ def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any
         queries_and_values: whether to wrap only the projections that make these.
         **settings: of PEFT's `LoraConfig`: `r`, `lora_alpha`, `lora_dropout`.
     """
+    anatomy.model.requires_grad_(False)
     family = anatomy.family
     chosen = [p for p in family.projections if p not in family.mixer[-1:]]
     if queries_and_values:
@@ -56,6 +59,22 @@ def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any
             inject_adapter_in_model(LoraConfig(**(settings | part)), layers, ADAPTER)
         cast_adapter_dtype(adapted, ADAPTER)  # as PEFT itself did for attention
     return adapted
+
+
+def leave_out(model: nn.Module) -> None:
+    """Tell DDP which parameters to ignore.
+
+    The penalty, alike on all processes, is no part of the forward pass that DDP looks at. Frozen
+    weights are alike too, or FSDP's: DDP would send them around, and hold them to the end.
+
+    Args:
+        model: the model, its gates with it.
+    """
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        name
+        for name, p in model.named_parameters()
+        if ".lagrangian." in name or not p.requires_grad
+    ]
 
 
 def _names(anatomy: Anatomy, projections: Iterable[Projection]) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from nuteprune.data.held_out import held_out_blocks
 from nuteprune.errors import UserError
 from nuteprune.judge.perplexity import perplexity
-from nuteprune.judge.protocol_text import cut, make_blocks, rows_of
+from nuteprune.judge.protocol_blocks import cut, make_blocks, rows_of
 from nuteprune.judge.protocols import PROTOCOLS, changed, protocol_named
 
 
