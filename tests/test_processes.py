@@ -336,7 +336,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 opening = Openings((1,), (3, 4, 5), (), (), frozenset({2}), frozenset(), 500)
 batch = [TextInProgress(opening, i) for i in range(3)]
 generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-list(write_batch(model, opening, batch, 6, generator, together=True))
+list(write_batch(model, opening, batch, 6, generator))
 print([x.ids for x in batch])
 """
 

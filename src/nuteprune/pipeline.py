@@ -42,8 +42,8 @@ def pipeline(run: Run) -> dict[Path, Record]:
         masks = first.choose(scores, target)
         weights = first.refit(masks, target)
         trainer = run.teach(target, masks, weights)
+        sliced = run.slice(trainer, target)
+        judged = run.judge(sliced, dense)
         if is_main():
-            sliced = run.slice(trainer, target)
-            judged = run.judge(sliced, dense)
             folder, records[folder] = run.save(trainer, judged)
     return records

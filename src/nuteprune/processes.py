@@ -87,12 +87,15 @@ class Team:
             for tensor in tensors:
                 _send(tensor, distributed.all_reduce)
 
-    def by_rows(self, rows: int, work: Callable[[slice], Tensor]) -> Tensor:
+    def by_rows(
+        self, rows: int, work: Callable[[slice], Tensor], none: Tensor | None = None
+    ) -> Tensor:
         """Return the rows (rows, ...) that some work gives, each process doing its own.
 
         Args:
             rows: how many there are.
             work: makes some of them.
+            none: no rows (0, ...), of a process that has none to make; None: `work` makes them.
 
         Raises:
             RunFailed: if another process has ended.
@@ -100,7 +103,7 @@ class Team:
         if self.size == 1:
             return work(slice(None))
         here = slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
-        part = work(here)
+        part = work(here) if none is None or here.start < here.stop else none
         whole = part.new_zeros(rows, *part.shape[1:])
         whole[here] = part
         self.add_up([whole])

@@ -23,7 +23,7 @@ from torch import Tensor
 from nuteprune.errors import UserError
 from nuteprune.files import atomic, to_json, write_text, writing
 from nuteprune.memory import peak, reset_peak
-from nuteprune.processes import agree, is_main, share
+from nuteprune.processes import agree, is_main, main_ones, share
 
 Tensors = dict[str, Tensor]
 Cost = dict[str, float]
@@ -81,16 +81,16 @@ class Products:
         return self._write(stage, path, made) if path is not None and is_main() else made
 
     def keep_json(self, stage: str, make: Callable[[], Any], **settings: Any) -> Any:
-        """Return a stage's result for JSON; only the main process has it."""
+        """Return a stage's result for JSON: the main process's."""
         self.depends(stage, **settings)
         path = self._path(stage, self.folder, "json")
-        kept = _read_json(path) if self.resumes and path is not None else {}
+        kept = main_ones(_read_json(path) if self.resumes and path is not None else {})
         if kept.get("key") == self._key and kept.get("sum") == _sum(kept):
             self._note(stage, kept["cost"])
             return kept["value"]
         with self.measured(stage):
-            made = make()
-        if path is not None:
+            made = main_ones(make())
+        if path is not None and is_main():
             kept = {"key": self._key, "cost": self.costs[stage], "value": made}
             kept["sum"] = _sum(kept)
             with writing(path, "make room, then go on with --resume"):

@@ -19,8 +19,8 @@ from nuteprune.gates.masks import Masks
 from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
-from nuteprune.model.weights import bring_home
-from nuteprune.processes import is_main, main_ones
+from nuteprune.model.weights import bring_home, shard_base
+from nuteprune.processes import main_ones
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN
 from nuteprune.stages.judge import Figures, entries, judge, judge_beside
@@ -109,16 +109,15 @@ class Run:
                 seed=text.seed,
                 folder=folder,
                 progress=in_percent(self.progress),
+                team=self.model.team,
             )
         text.use_written(written)
         if before and kept.stat().st_mtime_ns == before:
             self.products.found.append("write")
 
     def judge_dense(self) -> Figures | None:
-        """Judge the dense model; None if the run's cannot be judged, and in other processes."""
-        if not (is_main() and self.model.has_whole_weights):
-            return None
-        return self._judge_dense(self.model.anatomy.model)
+        """Judge the dense model; None if the run's weights are in too few bits to be judged."""
+        return None if self.model.is_packed else self._judge_dense(self.model.anatomy.model)
 
     def _judge_dense(self, model: PreTrainedModel) -> Figures:
         make = partial(self._figures, model, "the dense model")
@@ -127,8 +126,8 @@ class Run:
 
     def _figures(self, model: PreTrainedModel, name: str) -> Figures:
         """Judge a model by itself."""
-        tokenizer = self.text.tokenizer
-        return judge(model, self.held_out, tokenizer, name=name, progress=self.progress)
+        how: dict[str, Any] = {"progress": self.progress, "team": self.model.team}
+        return judge(model, self.held_out, self.text.tokenizer, name=name, **how)
 
     def first_stages(self) -> FirstStages:
         """Return the stages before the first step, ready to go: score, choose, refit."""
@@ -181,18 +180,32 @@ class Run:
         if dense is None:
             dense = self._judge_dense(self._dense)
         with self.products.measured("judge"):
-            small = self._placed(in_dtype(sliced.model, computed))
+            small = self._smaller(sliced.model)
             found = self._figures(small, "the pruned model")
             self.progress("judge answers and context", 0, 1)
-            beside = judge_beside(self._dense, small, self.text.tokenizer, self.held_out)
+            text, team = self.held_out, self.model.team
+            beside = judge_beside(self._dense, small, self.text.tokenizer, text, team=team)
             self.progress("judge answers and context", 1, 1)
             if self.args.offload:  # as it is written
                 bring_home(sliced.model)
         return entries(self.held_out, dense, found) | beside
 
+    def _smaller(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a smaller model as its file will compute, where it is judged."""
+        computed = self.model.origin.computed_dtype
+        if not self.model.is_sharded:
+            return self._placed(in_dtype(model, computed))
+        shared = in_dtype(model, model.dtype, anew=True)  # the main process's own is to be saved
+        shard_base(Anatomy(shared.requires_grad_(False)), self.args.device, sent_in=computed)
+        return shared
+
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return a model on the device on which it is judged."""
-        offload_if_asked(Anatomy(model.requires_grad_(False)), self.args, self.model.origin)
+        """Return a model that each process has, where it is judged."""
+        anatomy = Anatomy(model.requires_grad_(False))
+        if self.model.is_sharded:
+            shard_base(anatomy, self.args.device)
+            return model
+        offload_if_asked(anatomy, self.args, self.model.origin)
         place = str(self.args.device) if self.model.has_whole_weights else "cpu"
         return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
 

@@ -1,14 +1,17 @@
-"""The stages before the first step, by processes that share them out; each counts its products.
+"""The stages, by processes that share them out; each counts its products.
 
 shared_stages.py MODEL OUT BLOCKS METHOD...
 
-With BLOCKS: scores by each METHOD, and the refit to the cut that they choose.
+Of a model with a tokenizer: what it writes, and how it and another one are judged by BLOCKS. Of
+others: scores by each METHOD, and the refit to the cut that they choose.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,20 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nuteprune.gates import copying_losses
+from nuteprune.judge.context import Span
 from nuteprune.processes import rank
+from nuteprune.stages import judge as judging
 from nuteprune.stages.choose import choose
+from nuteprune.stages.judge import entries, judge, judge_beside
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
-from nuteprune.train.prepare import prepare
+from nuteprune.stages.write import write
+from nuteprune.train.prepare import Prepared, prepare
 from tests.stages.conftest import settings
 
 aten = torch.ops.aten
@@ -49,6 +56,42 @@ class Products(TorchDispatchMode):
         if (count := COUNTED.get(func._overloadpacket)) is not None:
             self.total += count(*args, **(kwargs or {}))
         return out
+
+
+def written(prepared: Prepared, tokenizer: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """What the model writes."""
+    how: dict[str, Any] = {"length": 24, "seed": 3, "team": prepared.team}
+    texts = write(
+        prepared.anatomy.model, tokenizer, tokens=1500, folder=folder / str(rank()), **how
+    )
+    return {"ids": torch.tensor([x for text in texts for x in text])}
+
+
+def judged(prepared: Prepared, tokenizer: Any, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How the model is judged, alone and beside one with other values."""
+    judging.SPANS = (Span(16, 4), Span(128, 8))
+    dense, team = prepared.anatomy.model, prepared.team
+    other = copy.deepcopy(dense)
+    for i, parameter in enumerate(other.parameters()):
+        random = torch.Generator().manual_seed(i)
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=random)
+    blocks = {"a": text[:8].flatten().view(-1, 192), "b": text}
+    figures = judge(dense, blocks, tokenizer, team=team)
+    found = entries(blocks, figures, judge(other, blocks, tokenizer, team=team))
+    found |= judge_beside(dense, other, tokenizer, blocks, tokens=12, team=team)
+    names = ("looping", "repeated", "length", "kl", "agreement", "nats")
+    told = [found["perplexity"], found["copying"], *(found["answers"][x] for x in names)]
+    told += list(found["context"].values())
+    return {"figures": torch.tensor(list(numbers(told)), dtype=torch.float64)}
+
+
+def numbers(found: Any) -> Iterator[float]:
+    """All numbers in a record's entry."""
+    if isinstance(found, (int, float)):
+        yield float(found)
+    elif isinstance(found, (dict, list)):
+        for value in found.values() if isinstance(found, dict) else found:
+            yield from numbers(value)
 
 
 def main(model: str, out: str, blocks: str, *methods: str) -> None:
@@ -76,8 +119,13 @@ def main(model: str, out: str, blocks: str, *methods: str) -> None:
         own = prepare(AutoModelForCausalLM.from_pretrained(model), settings(folder, **kind))
         counted(method, lambda own=own, method=method: score(own, text[:count], method=method))
     prepared = prepare(dense, settings(folder, **gates))
-    scores = counted("score", lambda: score(prepared, text[:count], target=0.2))
-    counted("refit", lambda: refit(prepared, choose(prepared, scores, 0.2), text[:count]))
+    if (Path(model) / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        counted("write", lambda: written(prepared, tokenizer, folder))
+        counted("judge", lambda: judged(prepared, tokenizer, text))
+    else:
+        scores = counted("score", lambda: score(prepared, text[:count], target=0.2))
+        counted("refit", lambda: refit(prepared, choose(prepared, scores, 0.2), text[:count]))
     save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{rank()}.safetensors")
     (folder / f"{rank()}.json").write_text(json.dumps(products))
 

@@ -1,10 +1,11 @@
-"""The stages before the first step, shared out: what one process finds, with less work each."""
+"""The stages, shared out: what one process finds, with less work each."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,13 +42,21 @@ def assert_same(one: Found, many: Found) -> None:
 
 
 def test_four_processes_do_a_quarter_each_of_every_stage(
-    tiny_model: Callable, tmp_path: Path
+    tiny_model: Callable, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    tiny_model("llama", num_hidden_layers=16).save_pretrained(tmp_path)
-    one, four = (stages(tmp_path, count, 32) for count in (1, 4))
-    assert_same(one, four)
-    (alone,), each = one[1], four[1]
-    assert set(alone) == {"score", "refit"}
+    places = tmp_path / "before the first step", tmp_path / "text"
+    tiny_model("llama", num_hidden_layers=16).save_pretrained(places[0])
+    size = {"vocab_size": 300, "max_position_embeddings": 256}
+    tiny_model("llama", **size).save_pretrained(places[1])
+    tiny_tokenizer.save_pretrained(places[1])
+    alone: dict[str, int] = {}
+    each: list[dict[str, int]] = [{} for _ in range(4)]
+    for place in places:
+        one, four = (stages(place, count, 32) for count in (1, 4))
+        assert_same(one, four)
+        alone |= one[1][0]
+        each = [x | found for x, found in zip(each, four[1], strict=True)]
+    assert set(alone) == {"write", "score", "refit", "judge"}
     shares = {stage: max(x[stage] for x in each) / alone[stage] for stage in alone}
     assert all(share <= 0.3 for share in shares.values()), shares
 

@@ -27,7 +27,7 @@ from nuteprune.data.tokens import TEMPERATURE, Openings, openings
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.run_folder import SELF_WRITTEN
 from nuteprune.stages import write as stage
-from tests.forked import Forked
+from tests.forked import Forked, ranks
 
 pytestmark = pytest.mark.slow
 
@@ -519,16 +519,18 @@ def test_a_draw_by_parts_is_the_draw_of_all(rows: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> None:
+def test_processes_of_one_run_write_what_one_does(model, tokenizer, tmp_path: Path) -> None:
     """Started as a launcher does, killed at some point, and started again."""
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     code = (
-        "import sys, json\n"
+        "import sys, json, torch\n"
         "from pathlib import Path\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "from nuteprune.data import decoding\n"
+        "from nuteprune.processes import everyone\n"
         "from nuteprune.stages.write import write\n"
+        "torch.distributed.init_process_group('gloo')\n"
         "decoding.BATCH = 4\n"
         "folder = Path(sys.argv[1])\n"
         "model = AutoModelForCausalLM.from_pretrained(folder / 'model')\n"
@@ -536,14 +538,13 @@ def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> No
         "def told(done, total):\n"
         "    print(done, flush=True)\n"
         "print(json.dumps(write(model, tokenizer, tokens=1500, length=24, seed=3,"
-        " folder=folder / sys.argv[2], progress=told)))\n"
+        " folder=folder / sys.argv[2], progress=told, team=everyone())))\n"
     )
 
     def start(folder: str, world: int) -> list[Forked]:
         found = []
-        for rank in range(world):
+        for rank, place in enumerate(ranks(world)):
             (said := tmp_path / f"said by {rank} of {world} in {folder}").mkdir()
-            place = {"RANK": str(rank), "WORLD_SIZE": str(world)}
             found.append(Forked(["-c", code, tmp_path, folder], said, **place))
         return found
 
@@ -559,4 +560,3 @@ def test_processes_of_one_run_write_once(model, tokenizer, tmp_path: Path) -> No
     assert [x[-1] for x in written] == [told[-1]] * 2
     paths = [tmp_path / x / SELF_WRITTEN for x in ("alone", "shared")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert min(map(len, written)) == 2  # the other one only read

@@ -72,11 +72,11 @@ check_refitted()
 trainer.train()
 release()
 check()
-with pytest.raises(UserError, match="then finalize"):
+with pytest.raises(UserError, match="call finalize"):
     trainer.finalize()
-if trainer.is_world_process_zero():
-    small = trainer.finalize(AutoModelForCausalLM.from_pretrained(model))
-    trainer.save_pruned(out / "small")
+small = trainer.finalize(AutoModelForCausalLM.from_pretrained(model))
+trainer.save_pruned(out / "small")
+if trainer.is_world_process_zero():  # the others' has no values
     with torch.no_grad():
         assert small(torch.arange(3, 15)[None]).logits.isfinite().all()
 dist.destroy_process_group()

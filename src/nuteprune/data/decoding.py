@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from nuteprune.data.tokens import Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name, evaluating, heads_as_tokens
-from nuteprune.processes import agree
+from nuteprune.processes import ALONE, Team, agree
 
 TEXT_TOKENS = 64
 """Tokens of a plain text at most: many short texts show more of what a model knows than few long
@@ -133,9 +133,11 @@ def write_batch(
     batch: Sequence[TextInProgress],
     most: int,
     generator: torch.Generator,
-    together: bool = False,
+    team: Team = ALONE,
 ) -> Iterator[int]:
     """Write a batch of texts; yields the number of tokens so far, position by position.
+
+    All processes of a run call it: in each the texts are the main one's.
 
     Args:
         model: the model.
@@ -143,11 +145,17 @@ def write_batch(
         batch: the texts, with nothing written yet.
         most: tokens that a text has at most.
         generator: draws the numbers (B,) by which tokens are drawn.
-        together: whether all processes write it, and go by what the main one draws.
+        team: processes that share the texts out.
     """
     total = len(opening.start) + most
     cache: dict[str, Any] = {}
     drawn_B = torch.zeros(len(batch), dtype=torch.long)
+
+    def drawn(rows: slice) -> Tensor:
+        nonlocal cache
+        logits_BV, cache = _step(model, next_B[rows], cache)
+        return draw(logits_BV[:, : opening.known], numbers_B[rows]).cpu()
+
     for position in range(total):
         if position < len(opening.start):
             next_B = [opening.start[position]] * len(batch)
@@ -157,10 +165,8 @@ def write_batch(
         if position == total - 1 or all(x.ended for x in batch):
             return
         numbers_B = torch.rand(len(batch), generator=generator, dtype=torch.float64)
-        logits_BV, cache = _step(model, next_B, cache)
-        drawn_B = draw(logits_BV[:, : opening.known], numbers_B)
-        if together:
-            agree([drawn_B])
+        drawn_B = team.by_rows(len(batch), drawn, drawn_B[:0])
+        agree([drawn_B])
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from nuteprune.data.readers import file_rows
 from nuteprune.data.tokens import Openings, bos_of, ids_of, openings, texts_of
 from nuteprune.errors import UserError
 from nuteprune.files import at_home
+from nuteprune.processes import ALONE, Team, main_ones
 
 COUNT: Final = 24
 """How many prompts are made if no file is given."""
@@ -86,6 +87,7 @@ def make_prompts(
     tokenizer: PreTrainedTokenizerBase,
     text: Mapping[str, Tensor],
     count: int = COUNT,
+    team: Team = ALONE,
 ) -> Prompts:
     """Return questions that a model writes, or beginnings of text where it has no chat template.
 
@@ -94,11 +96,12 @@ def make_prompts(
         tokenizer: its tokenizer.
         text: held-out blocks, source -> token ids (N, T); its sources have equal shares.
         count: most prompts.
+        team: processes that share the questions out.
 
     Raises:
         UserError: if there is neither a chat template nor text.
     """
-    asked = _questions(model, tokenizer, count) if tokenizer.chat_template else []
+    asked = _questions(model, tokenizer, count, team) if tokenizer.chat_template else []
     if asked:
         ids = [_ask(question, "a question", tokenizer) for question in asked]
         return Prompts(asked, ids, f"questions written by the dense model, seed {SEED}")
@@ -115,15 +118,17 @@ def make_prompts(
     return Prompts(told, ids, "beginnings of held-out text")
 
 
-def _questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+def _questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, team: Team
+) -> list[str]:
     """Return questions that a model draws at temperature 1: those of a batch that it ends first."""
-    opening = openings(model, tokenizer, most=2**20, seed=SEED)
+    opening = main_ones(openings(model, tokenizer, most=2**20, seed=SEED))
     if not opening.asks:
         return []
     batch = [TextInProgress(opening, None) for _ in range(round(count * _SPARE))]
     most = len(opening.asks) + QUESTION_TOKENS + len(opening.answers)
     generator = torch.Generator().manual_seed(SEED)
-    for _ in write_batch(model, opening, batch, most, generator):
+    for _ in write_batch(model, opening, batch, most, generator, team):
         if sum(not (text.asks or text.given) for text in batch) >= count:
             break
     texts = texts_of(tokenizer, filter(None, (_question(x.ids, opening) for x in batch)))

@@ -34,6 +34,7 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import all_brought_along
 from nuteprune.model.shape import Shape
+from nuteprune.processes import is_main, share
 from nuteprune.run_folder import RUN, SUMS, hidden
 from nuteprune.shrink.slicing import Tensors, cut_state, narrower_epsilon, shape_of
 
@@ -48,12 +49,15 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 """A tensor of one expert: its layer's stack, its number, its projection."""
 
 
-def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedModel, Shape]:
+def assemble(
+    anatomy: Anatomy, masks: Masks, sharded: bool = False, **how: Any
+) -> tuple[PreTrainedModel, Shape]:
     """Cut a dense or refitted model down to the units that masks keep.
 
     Args:
         anatomy: a model without adapters; it is used up.
         masks: final masks in an exportable shape.
+        sharded: whether the main process alone cuts; in others tensors have room, and no values.
         **how: further arguments of `cut_state`.
 
     Returns:
@@ -61,7 +65,11 @@ def assemble(anatomy: Anatomy, masks: Masks, **how: Any) -> tuple[PreTrainedMode
     """
     shape, epsilon = shape_of(masks), narrower_epsilon(anatomy, masks)
     config = pruned_config(anatomy.config, anatomy.family, shape, epsilon=epsilon)
-    small = build(config, cut_state(anatomy, masks, **how))
+    state = cut_state(anatomy, masks, **how) if is_main() or not sharded else None
+    if sharded:
+        shared = share(state, values=False) or {}
+        state = state or {name: torch.empty_like(x, device="cpu") for name, x in shared.items()}
+    small = build(config, state or {})
     small.generation_config = copy.deepcopy(anatomy.model.generation_config)
     return small, shape
 

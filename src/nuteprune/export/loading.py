@@ -132,14 +132,14 @@ def load_pruned(source: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
 
 
 @torch.no_grad()
-def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype, anew: bool = False) -> PreTrainedModel:
     """Return a model that computes as its file will, loaded in a dtype.
 
     Returns:
-        The model itself where it is in that dtype, else a copy; buffers, such as rotary
-        frequencies, are those of a model loaded anew.
+        The model itself where it is in that dtype and not wanted anew, else a copy. A copy has the
+        buffers, such as rotary frequencies, of a model loaded anew.
     """
-    if model.dtype == dtype:
+    if model.dtype == dtype and not anew:
         return model
     state = {name: x.detach() for name, x in stored_tensors(model).items()}
     copied = build(copy.deepcopy(model.config), state, dtype)

@@ -24,6 +24,7 @@ from nuteprune.data.prompts import Prompts
 from nuteprune.data.tokens import texts_of
 from nuteprune.errors import UserError
 from nuteprune.model.forwards import evaluating, heads_as_tokens, last_logits
+from nuteprune.processes import ALONE, Team
 
 TOKENS: Final = 64
 """Tokens of an answer at most, where nothing else is said."""
@@ -94,6 +95,7 @@ def answer_both(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     tokens: int = TOKENS,
+    team: Team = ALONE,
 ) -> list[Pair]:
     """Let both models answer, and read each other's answers.
 
@@ -103,15 +105,25 @@ def answer_both(
         tokenizer: of both.
         prompts: those to answer.
         tokens: most tokens per answer.
+        team: processes that share the prompts out.
 
     Raises:
         UserError: if a prompt leaves no position for an answer.
     """
     ends = ends_of(dense, tokenizer)
-    written = [write(model, prompts.ids, ends, tokens) for model in (dense, pruned)]
+    both = [write(model, prompts.ids, ends, tokens, team) for model in (dense, pruned)]
+    rows = list(zip(prompts.ids, *both, strict=True))
+
+    def compared(here: slice) -> Tensor:
+        found = [_compared(dense, pruned, *row) for row in rows[here]]
+        return torch.tensor(found, dtype=torch.float64).view(-1, 4)
+
+    figures = team.by_rows(len(rows), compared).tolist()
     return [
-        _pair(dense, pruned, text, *ids)
-        for text, *ids in zip(prompts.texts, prompts.ids, *written, strict=True)
+        Pair(text, own, other, kl, int(agreed), (nats, strange))
+        for text, own, other, (kl, agreed, nats, strange) in zip(
+            prompts.texts, *both, figures, strict=True
+        )
     ]
 
 
@@ -122,9 +134,12 @@ def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset(x for x in ends if x is not None)
 
 
-@torch.inference_mode()
 def write(
-    model: PreTrainedModel, prompts: Sequence[list[int]], ends: Collection[int], most: int
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    ends: Collection[int],
+    most: int,
+    team: Team = ALONE,
 ) -> list[list[int]]:
     """Return a model's greedy answers: the likeliest token each time, whatever its settings say.
 
@@ -135,6 +150,7 @@ def write(
         prompts: token ids of each.
         ends: tokens that end an answer.
         most: tokens of an answer at most; fewer where the model has no more positions.
+        team: processes that share the prompts out.
 
     Returns:
         Token ids of each answer, at least one.
@@ -151,23 +167,27 @@ def write(
         )
     most = min(most, positions - longest)
     together = fitting(model, longest + most)
-    found: list[list[int]] = []
-    for start in range(0, len(prompts), together):
-        batch = prompts[start : start + together]
-        width = max(map(len, batch))
-        padding = batch[0][0]  # a token that the model has; nothing reads it
-        ids_BT = torch.tensor([[padding] * (width - len(x)) + x for x in batch])
-        seen_BT = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in batch])
-        with evaluating(model), _plain(model, ends), heads_as_tokens():
+    padding = prompts[0][0]  # a token that the model has; nothing reads it
+    ids_NT = torch.tensor([[padding] * (longest - len(x)) + x for x in prompts])
+    seen_NT = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts])
+
+    def answers(rows: slice) -> Tensor:
+        found_Nn = torch.full((len(ids_NT[rows]), most), padding)
+        for start in range(0, len(found_Nn), together):
+            here = slice(start, start + together)
             made_BT = cast(Any, model).generate(
-                input_ids=ids_BT.to(model.device),
-                attention_mask=seen_BT.to(model.device),
+                input_ids=ids_NT[rows][here].to(model.device),
+                attention_mask=seen_NT[rows][here].to(model.device),
                 max_new_tokens=most,
                 do_sample=False,
                 pad_token_id=padding,
             )
-        found += [_up_to_end(row, ends) for row in made_BT[:, width:].tolist()]
-    return found
+            found_Nn[here, : made_BT.shape[1] - longest] = made_BT[:, longest:].cpu()
+        return found_Nn
+
+    with evaluating(model), _plain(model, ends), heads_as_tokens():
+        found = team.by_rows(len(prompts), answers).tolist()
+    return [_up_to_end(row, ends) for row in found]
 
 
 @contextmanager
@@ -186,15 +206,15 @@ def _up_to_end(ids: list[int], ends: Collection[int]) -> list[int]:
     return ids[: last + 1]
 
 
-@torch.inference_mode()
-def _pair(
+@torch.no_grad()
+def _compared(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
-    text: str,
     prompt: list[int],
     own: list[int],
     other: list[int],
-) -> Pair:
+) -> list[float]:
+    """Return a pair's `kl`, `agreed`, and both of its `nats`."""
     sure_nV, kept_nV = (_log_probabilities(model, prompt, own) for model in (dense, pruned))
     kept_nV = kept_nV.to(sure_nV.device)
     agreed = (sure_nV.argmax(-1) == kept_nV.argmax(-1)).sum()
@@ -202,11 +222,13 @@ def _pair(
     apart_nV = chance_nV * (sure_nV - kept_nV)
     kl = apart_nV[chance_nV > 0].sum()  # what the dense model rules out has no finite logarithm
     strange = other[: fresh(other)]
-    nats = (
-        _nats(sure_nV, own[: fresh(own)]),
+    nats = _nats(sure_nV, own[: fresh(own)])
+    return [
+        float(kl),
+        float(agreed),
+        nats,
         _nats(_log_probabilities(dense, prompt, strange), strange),
-    )
-    return Pair(text, own, other, float(kl), int(agreed), nats)
+    ]
 
 
 def _log_probabilities(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.tokens import after, bos_of
 from nuteprune.model.forwards import evaluating, last_logits
+from nuteprune.processes import ALONE, Team
 
 SEQUENCES: Final = 32
 LENGTH: Final = 100
@@ -53,13 +54,14 @@ class Copying(NamedTuple):
     protocol: dict[str, Any]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def copying(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int = SEED,
     batch_size: int = 4,
+    team: Team = ALONE,
 ) -> Copying | None:
     """Measure how well a model copies a random sequence from its context.
 
@@ -69,6 +71,7 @@ def copying(
             with bos.
         seed: draws the tokens; the same tokenizer and seed give the same sequences.
         batch_size: sequences per forward pass.
+        team: processes that read the sequences together.
 
     Returns:
         What was found; None if the vocabulary has no ordinary ids, or the model too few positions.
@@ -90,12 +93,18 @@ def copying(
         "bos": bool(bos),
         "seed": seed,
     }
-    right, ids_NT = 0, after(bos, torch.cat([drawn_NT, drawn_NT], dim=1))
-    with evaluating(model):
-        for ids_BT in ids_NT.to(model.device).split(batch_size):
+    ids_NT = after(bos, torch.cat([drawn_NT, drawn_NT], dim=1))
+
+    def copied(rows: slice) -> Tensor:
+        right = []
+        for ids_BT in ids_NT[rows].to(model.device).split(batch_size):
             # The last token of the first time predicts the first one of the repeat.
             likeliest_BT = last_logits(model, ids_BT, length + 1)[:, :-1].argmax(-1)
-            right += int((likeliest_BT == ids_BT[:, -length:].to(likeliest_BT.device)).sum())
+            right.append((likeliest_BT == ids_BT[:, -length:].to(likeliest_BT.device)).cpu())
+        return torch.cat(right)
+
+    with evaluating(model):
+        right = int(team.by_rows(SEQUENCES, copied, torch.empty(0, length).bool()).sum())
     return Copying(100 * right / drawn_NT.numel(), protocol)
 
 
@@ -156,6 +165,7 @@ def judge_context(
     span: Span,
     bos: Sequence[int] = (),
     batch_size: int = 4,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Measure what a pruned model loses on tokens that need their context.
 
@@ -166,6 +176,7 @@ def judge_context(
         span: how much context is asked about.
         bos: what comes before every text.
         batch_size: blocks per forward pass.
+        team: processes that read the blocks together.
 
     Returns:
         `tokens`, `needing` (counts), `lost`, `lost_elsewhere`, `gain` {`before`, `after`}, `kept`,
@@ -173,13 +184,15 @@ def judge_context(
     """
     windows_NT = windows(blocks_NT, span.near, bos)
     together = max(1, batch_size * span.length // windows_NT.shape[1])
-    dense_NS, pruned_NS = (likelihoods(x, blocks_NT, SCORED, batch_size) for x in (dense, pruned))
-    short_NS = likelihoods(dense, windows_NT, TOGETHER, together).view_as(dense_NS)
+    dense_NS, pruned_NS = (
+        likelihoods(x, blocks_NT, SCORED, batch_size, team) for x in (dense, pruned)
+    )
+    short_NS = likelihoods(dense, windows_NT, TOGETHER, together, team).view_as(dense_NS)
     needs_NS, lost_NS = dense_NS - short_NS > NEEDS, dense_NS - pruned_NS
     # Of the pruned model's windows only those count that hold such a token.
     needs_NT = needs_NS.view(len(windows_NT), TOGETHER)
     met_N = needs_NT.any(1)
-    own_NT = likelihoods(pruned, windows_NT[met_N], TOGETHER, together)
+    own_NT = likelihoods(pruned, windows_NT[met_N], TOGETHER, together, team)
     before = _mean((dense_NS - short_NS)[needs_NS])
     gained = _mean(pruned_NS[needs_NS] - own_NT[needs_NT[met_N]])
     return {
@@ -234,17 +247,24 @@ def windows(blocks_NT: Tensor, near: int, bos: Sequence[int] = ()) -> Tensor:
     return after(bos, last_NT.unfold(1, near + TOGETHER, TOGETHER).flatten(0, 1))
 
 
-@torch.inference_mode()
-def likelihoods(model: PreTrainedModel, blocks_NT: Tensor, count: int, batch_size: int) -> Tensor:
+@torch.no_grad()
+def likelihoods(
+    model: PreTrainedModel, blocks_NT: Tensor, count: int, batch_size: int, team: Team = ALONE
+) -> Tensor:
     """Return the log-probabilities (N, count), in float32, of each block's last tokens."""
-    found = [torch.empty(0, count)]
-    with evaluating(model):
-        for ids_BT in blocks_NT.split(batch_size) if len(blocks_NT) else ():
+
+    def read(rows: slice) -> Tensor:
+        found = []
+        for ids_BT in blocks_NT[rows].split(batch_size):
             logits_BSV = last_logits(model, ids_BT.to(model.device), count + 1)[:, :-1]
             targets_BS = ids_BT[:, -count:].to(logits_BSV.device)
             losses_BS = F.cross_entropy(logits_BSV.float().mT, targets_BS, reduction="none")
             found.append(-losses_BS.cpu())
-    return torch.cat(found)
+        return torch.cat(found)
+
+    none_NS = torch.empty(0, count)
+    with evaluating(model):
+        return team.by_rows(len(blocks_NT), read, none_NS) if len(blocks_NT) else none_NS
 
 
 def _mean(values: Tensor) -> float | None:

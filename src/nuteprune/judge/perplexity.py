@@ -9,7 +9,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.data.tokens import bos_of, end_of
 from nuteprune.distill.losses import IGNORED
 from nuteprune.model.forwards import evaluating, last_logits
+from nuteprune.processes import ALONE, Team
 from nuteprune.simulated import number
 
 _MEASURE = "exp of the mean next-token negative log-likelihood (float32), "
@@ -37,7 +38,12 @@ _POSITIONS = 1024  # so many rows of logits are held in float32 at a time
 
 
 def perplexity(
-    model: nn.Module, blocks: Tensor, *, batch_size: int = 8, context: Tensor | None = None
+    model: nn.Module,
+    blocks: Tensor,
+    *,
+    batch_size: int = 8,
+    context: Tensor | None = None,
+    team: Team = ALONE,
 ) -> float:
     """Measure how well a causal language model predicts blocks of tokens.
 
@@ -48,6 +54,7 @@ def perplexity(
         batch_size: blocks per forward pass; makes no difference but to memory and time.
         context: how many of each block's first tokens (N,) are only read, at least 1 and less than
             T; None: 1, since the first token has nothing that it could be predicted from.
+        team: processes that read the blocks together.
 
     Returns:
         exp of the mean negative log-likelihood of the predicted tokens, N·(T-1) of them without
@@ -59,16 +66,23 @@ def perplexity(
         context = torch.ones(count, dtype=torch.long)
     is_read_NT = torch.arange(length) < context[:, None]
     targets = blocks.masked_fill(is_read_NT, IGNORED)
-    batches = zip(blocks.split(batch_size), targets.split(batch_size), strict=True)
+
+    def read(rows: slice) -> Tensor:
+        parts = (x[rows].split(batch_size) for x in (blocks, targets))
+        found = (
+            _negative_log_likelihoods(model, x.to(device), y) for x, y in zip(*parts, strict=True)
+        )
+        return torch.tensor([nats for batch in found for nats in batch], dtype=torch.float64)
+
     with torch.no_grad(), evaluating(model):
-        total = sum(_negative_log_likelihood(model, x.to(device), y) for x, y in batches)
+        total = float(team.by_rows(count, read, torch.empty(0, dtype=torch.float64)).sum())
     predicted = int((~is_read_NT).sum())
     # Unlike math.exp, a tensor's goes to infinity where a broken model takes it.
     return torch.tensor(total / predicted, dtype=torch.float64).exp().item()
 
 
 def perplexities(
-    model: nn.Module, sources: Mapping[str, Tensor], *, batch_size: int = 8
+    model: nn.Module, sources: Mapping[str, Tensor], *, batch_size: int = 8, team: Team = ALONE
 ) -> dict[str, float]:
     """Measure the perplexity on each source.
 
@@ -76,11 +90,13 @@ def perplexities(
         model: as `perplexity` takes it.
         sources: source name -> token ids (N, T).
         batch_size: blocks per forward pass.
+        team: processes that read the blocks together.
 
     Returns:
         Source name -> perplexity, in the order of `sources`.
     """
-    return {x: perplexity(model, blocks, batch_size=batch_size) for x, blocks in sources.items()}
+    how: dict[str, Any] = {"batch_size": batch_size, "team": team}
+    return {name: perplexity(model, blocks, **how) for name, blocks in sources.items()}
 
 
 def mean(perplexities: Mapping[str, float]) -> float:
@@ -111,17 +127,21 @@ def _hash(blocks_NT: Tensor) -> str:
     return hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest()
 
 
-def _negative_log_likelihood(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-    """Sum over the predicted tokens of a batch, a few positions in float32 at a time."""
+def _negative_log_likelihoods(
+    model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor
+) -> list[float]:
+    """Return the sum over each block's predicted tokens, a few positions in float32 at a time."""
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     targets_BT = targets_BT.to(logits_BTV.device)
-    return sum(
-        number(F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum"))
-        for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT[:, 1:], strict=True)
-        for logits, targets in zip(
-            logits_TV.split(_POSITIONS), targets_T.split(_POSITIONS), strict=True
+    return [
+        sum(
+            number(F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum"))
+            for logits, targets in zip(
+                logits_TV.split(_POSITIONS), targets_T.split(_POSITIONS), strict=True
+            )
         )
-    )
+        for logits_TV, targets_T in zip(logits_BTV[:, :-1], targets_BT[:, 1:], strict=True)
+    ]
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.errors import UserError
 from nuteprune.memory import mapped
-from nuteprune.processes import is_main
+from nuteprune.processes import agree, is_main
 
 if TYPE_CHECKING:
     from nuteprune.model.anatomy import Anatomy
@@ -79,7 +79,7 @@ def count(parameter: nn.Parameter) -> int:
 # -- shared out over processes
 
 
-def shard_base(anatomy: Anatomy, device: torch.device) -> None:
+def shard_base(anatomy: Anatomy, device: torch.device, sent_in: torch.dtype | None = None) -> None:
     """Shard a model's frozen parameters over all processes of a run, in place, layer by layer.
 
     Call it once hooks and LoRA are there, before `CoForward.roles`. Parameters that require
@@ -87,8 +87,10 @@ def shard_base(anatomy: Anatomy, device: torch.device) -> None:
     DDP around the model averages them.
 
     Args:
-        anatomy: the model, wrapped by PEFT.
+        anatomy: the model, wrapped by PEFT or plain.
         device: of this process; all have one of its type.
+        sent_in: a dtype that the main process sends its weights to the others in; None: each has
+            them itself.
 
     Raises:
         UserError: if this version of torch cannot.
@@ -98,6 +100,10 @@ def shard_base(anatomy: Anatomy, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*anatomy.layers, anatomy.model):
         trained = {p for p in module.parameters() if p.requires_grad}
+        for parameter in module.parameters() if sent_in else ():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(sent_in)
+                agree([parameter.data])
         fully_shard(module, mesh=mesh, ignored_params=trained)
     for parameter in trained:  # FSDP2 places those alone that it shards
         parameter.data = parameter.data.to(device.type)

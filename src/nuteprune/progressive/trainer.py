@@ -255,8 +255,8 @@ def pipeline(run: Run) -> dict[Path, Record]:
     records = {}
     for target in run.each_target():
         trainer = run.teach(target)
+        sliced = run.slice(trainer, target)
+        judged = run.judge(sliced, dense)
         if is_main():
-            sliced = run.slice(trainer, target)
-            judged = run.judge(sliced, dense)
             folder, records[folder] = run.save(trainer, judged)
     return records

@@ -17,6 +17,7 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.judge.answers import TOKENS, answer_both, entry_of, pick_samples
 from nuteprune.judge.context import SPANS, copying, cut_blocks, judge_context
 from nuteprune.judge.perplexity import perplexities, protocol
+from nuteprune.processes import ALONE, Team
 
 Figures = dict[str, Any]
 """`perplexity` {source: value}, `copying` {percent, protocol} or None; fit for JSON."""
@@ -31,6 +32,7 @@ def judge(
     *,
     name: str = "the model",
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> Figures:
     """Judge a model: perplexity, and copying where it can be measured.
 
@@ -40,18 +42,19 @@ def judge(
         tokenizer: its tokenizer.
         name: what messages call the model.
         progress: told of the beginning and the end.
+        team: processes that hold the model, and share the text out.
 
     Raises:
         RunFailed: if its perplexity is no finite number.
     """
     title = f"judge {name}"
     progress(title, 0, 1)
-    found = perplexities(model, held_out, batch_size=JUDGED)
+    found = perplexities(model, held_out, batch_size=JUDGED, team=team)
     if not all(map(math.isfinite, found.values())):
         raise RunFailed(
             f"the perplexity of {name} is not finite ({found}); use --dtype float32 or a lower rate"
         )
-    copied = copying(model, tokenizer)
+    copied = copying(model, tokenizer, team=team)
     progress(title, 1, 1)
     return {"perplexity": found, "copying": copied._asdict() if copied else None}
 
@@ -78,6 +81,7 @@ def judge_beside(
     prompts: Prompts | None = None,
     tokens: int = TOKENS,
     blocks: int = BLOCKS,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Judge a pruned model's answers and its use of context beside the dense model's.
 
@@ -89,6 +93,7 @@ def judge_beside(
         prompts: those to answer; None: those of `make_prompts`.
         tokens: most tokens per answer.
         blocks: most blocks of text for each span of context.
+        team: processes that hold both models, and share prompts and blocks out.
 
     Returns:
         The record's `answers` and `context`, and the `samples` of the report; each where it can be
@@ -99,8 +104,8 @@ def judge_beside(
     """
     found: dict[str, Any] = {}
     try:
-        asked = prompts or make_prompts(dense, tokenizer, text)
-        pairs = answer_both(dense, pruned, tokenizer, asked, tokens)
+        asked = prompts or make_prompts(dense, tokenizer, text, team=team)
+        pairs = answer_both(dense, pruned, tokenizer, asked, tokens, team)
         found["answers"] = entry_of(pairs, asked.source, tokens)
         found["samples"] = pick_samples(pairs, tokenizer)
     except UserError:
@@ -111,5 +116,5 @@ def judge_beside(
     for span in SPANS:
         blocks_NT = cut_blocks(list(text.values()), span, bos, most=blocks)
         if len(blocks_NT):
-            spans[str(span.length)] = judge_context(dense, pruned, blocks_NT, span, bos)
+            spans[str(span.length)] = judge_context(dense, pruned, blocks_NT, span, bos, team=team)
     return found | ({"context": spans} if spans else {})

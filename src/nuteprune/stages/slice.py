@@ -42,6 +42,7 @@ def slice_model(
     computed_dtype: torch.dtype,
     stored_dtype: torch.dtype,
     folder: Path | None = None,
+    sharded: bool = False,
 ) -> Sliced:
     """Return the smaller model.
 
@@ -52,6 +53,7 @@ def slice_model(
         computed_dtype: what the run computed in.
         stored_dtype: of the checkpoint that the dense model is from, which the result keeps.
         folder: where a CPU has room for weights; None: they stay in memory.
+        sharded: whether the main process alone has what was learned, and cuts; all call this.
 
     Raises:
         UserError: if the masks are of another model.
@@ -75,5 +77,5 @@ def slice_model(
         return part if folder is None else mapped(part, folder)
 
     masks = masks.to("cpu")
-    small, shape = assemble(anatomy, masks, begin=begin, hold=hold)
+    small, shape = assemble(anatomy, masks, sharded, begin=begin, hold=hold)
     return Sliced(small, shape, masks)

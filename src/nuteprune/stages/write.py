@@ -7,12 +7,11 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from torch.distributed.tensor import DTensor
 
 from nuteprune.data.decoding import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
@@ -21,8 +20,8 @@ from nuteprune.data.training_text import written_blocks
 from nuteprune.errors import UserError
 from nuteprune.files import writing
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.model.weights import home_of, is_sharded
-from nuteprune.processes import is_main, main_ones, several_started
+from nuteprune.model.weights import home_of
+from nuteprune.processes import ALONE, Team, is_main, main_ones
 from nuteprune.run_folder import SELF_WRITTEN
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def write(
     seed: int,
     folder: Path,
     progress: Progress = lambda done, total: None,
+    team: Team = ALONE,
 ) -> list[list[int]]:
     """Let a model write text, drawn at temperature 1, and keep it in a file.
 
@@ -58,8 +58,8 @@ def write(
     the model writes a user's question and the answer, of a block's length at most.
 
     The file is written batch by batch. A second call with the same arguments keeps whole batches
-    and writes the rest as if without a break, to the byte. Of several processes one writes, and
-    the others wait; a sharded model is gathered layer by layer by all of them.
+    and writes the rest as if without a break, to the byte. All processes of a run call it, and the
+    main one keeps the file.
 
     Args:
         model: the model, before anything is changed in it.
@@ -69,6 +69,7 @@ def write(
         seed: draws the first tokens and what is written.
         folder: where the file is, by the name of `run_folder.SELF_WRITTEN`; made if need be.
         progress: told how many tokens are written, and how many are asked for.
+        team: processes that hold the model, and share the texts of a batch out.
 
     Returns:
         Token ids of each text, ended by the token that ends a text, as `training_blocks` takes
@@ -79,36 +80,29 @@ def write(
         RunFailed: writing the file failed on the way.
     """
     end = end_of(tokenizer)
-    together = _is_sharded(model)
     opening, sizes = _how(model, tokenizer, tokens, length, seed)
     about = {**known_by(model, tokenizer), "key": _key(model, opening, sizes, seed)}
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-    # One process of a run writes, while the others wait to read what it wrote.
-    alone = several_started() and not together
-    with FileLock(path.with_name(f".{path.name}.lock")) if alone else nullcontext():
-        found, kept = _read(path, about)
-        if together:
-            found, kept = main_ones((found, kept))
-        keeps = is_main() or not together
-        if keeps and path.is_file() and path.stat().st_size > kept:
-            _append(path, kept, b"")
-        while (have := _tokens(found)) < tokens:
-            batch, longest = next_batch(opening, sizes, [_tokens([x]) for x in found])
-            number = len(found)
-            draws = random.Random(f"{seed} {number}").getrandbits(63)
-            generator = torch.Generator().manual_seed(draws)
-            for written in write_batch(model, opening, batch, longest, generator, together):
-                progress(min(have + written, tokens), tokens)
-            ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
-            of = {"batch": number, "of": len(ended), **about}
-            lines = [_line(tokenizer, opening, ids) | of for ids in ended]
-            if keeps:
-                text = "".join(json.dumps(x) + "\n" for x in lines)
-                kept = _append(path, kept, text.encode())
-            found.append(ended)
-        progress(tokens, tokens)
+    found, kept = main_ones(_read(path, about))
+    if is_main() and path.is_file() and path.stat().st_size > kept:
+        _append(path, kept, b"")
+    while (have := _tokens(found)) < tokens:
+        batch, longest = next_batch(opening, sizes, [_tokens([x]) for x in found])
+        number = len(found)
+        draws = random.Random(f"{seed} {number}").getrandbits(63)
+        generator = torch.Generator().manual_seed(draws)
+        for written in write_batch(model, opening, batch, longest, generator, team):
+            progress(min(have + written, tokens), tokens)
+        ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
+        of = {"batch": number, "of": len(ended), **about}
+        lines = [_line(tokenizer, opening, ids) | of for ids in ended]
+        if is_main():
+            text = "".join(json.dumps(x) + "\n" for x in lines)
+            kept = _append(path, kept, text.encode())
+        found.append(ended)
+    progress(tokens, tokens)
     while _tokens(found[:-1]) >= tokens:  # of a call that asked for more
         del found[-1]
     return [ids for batch in found for ids in batch]
@@ -134,14 +128,8 @@ def _how(
     most = room(tokenizer, length)
     if tokens < 1:
         raise UserError(f"{tokens} tokens to write: pass at least 1")
-    opening = openings(model, tokenizer, most=most, seed=seed)
-    if _is_sharded(model):
-        opening = main_ones(opening)
+    opening = main_ones(openings(model, tokenizer, most=most, seed=seed))
     return opening, BatchSizes.of(opening, tokens, most, fitting(model, length))
-
-
-def _is_sharded(model: PreTrainedModel) -> bool:
-    return is_sharded(Anatomy(model).layers[0])
 
 
 def _tokens(found: list[list[list[int]]]) -> int:

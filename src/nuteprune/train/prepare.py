@@ -106,8 +106,8 @@ class Prepared(Prunable):
         if self.must_be_reloaded:
             raise UserError(
                 "weights that are sharded, in 8 or 4 bits, or narrower than they are stored cannot "
-                "be cut: load the model again, whole and in full precision, call settle() in all "
-                "processes, then finalize(dense=...) in one"
+                "be cut: load the model again, whole and in full precision, and call "
+                "finalize(dense=...), in all processes"
             )
 
     def unwrapped(self) -> PreTrainedModel:

@@ -202,7 +202,7 @@ class NutePruneTrainer(Distiller):
     def finalize(
         self, dense: PreTrainedModel | Callable[[], PreTrainedModel] | None = None
     ) -> PreTrainedModel:
-        """Merge, fold and slice; uses the trainer's model up.
+        """Merge, fold and slice; uses the trainer's model up. All processes take part.
 
         Args:
             dense: the dense model, loaded anew with whole weights in their stored dtype, or a
@@ -210,7 +210,8 @@ class NutePruneTrainer(Distiller):
                 None: the trainer's own.
 
         Returns:
-            The smaller model, of a stock class if its shape allows, else of a subclass of it.
+            The smaller model, of a stock class if its shape allows, else of a subclass of it. Of a
+            sharded run the main process alone has its values.
 
         Raises:
             UserError: if the trainer's own model cannot be cut and no other is given; at a second
@@ -252,6 +253,7 @@ class NutePruneTrainer(Distiller):
             computed_dtype=origin.computed_dtype,
             stored_dtype=origin.stored_dtype,
             folder=self.run_folder,
+            sharded=self.prepared.is_sharded,
         )
         return self.sliced.model
 
