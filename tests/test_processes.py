@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -157,6 +157,56 @@ def test_a_sharded_run_writes_the_weights_of_one_process(
     assert all(x["sparsity"] >= sparsity for x in records)
     for name in ("model.safetensors", "run/refit.safetensors"):
         assert_alike(*(load_file(x / name) for x in (two, one)))
+
+
+JUDGES = """
+import runpy, sys
+from torch.distributed.fsdp import FSDPModule
+from nuteprune import run
+inner = run.judge_beside
+def judge_beside(dense, pruned, *args, **kwargs):
+    for model in (dense, pruned):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the last pass left what is outside of layers whole
+        held = [(x.to_local().numel(), x.numel()) for x in model.parameters()]
+        here, whole = map(sum, zip(*held))
+        print("held", here / whole)
+    return inner(dense, pruned, *args, **kwargs)
+run.judge_beside = judge_beside
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_sharded_run_is_judged_as_by_one_process_that_holds_half_of_each_model(
+    tiny_inputs: Inputs, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    same = {"max_steps": 2, "adam_epsilon": 1e-2, "eval_blocks": 8}
+    said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same)))
+    asked = command(tiny_inputs, two, batch_size=4, sharded=True, **same)
+    lines = said(python("-c", JUDGES, *QUICK, *asked, processes=2)).splitlines()
+    held = [float(x.split()[1]) for x in lines if x.startswith("held")]
+    assert held == pytest.approx([0.5] * 4, abs=0.1)
+    found = [judged(json.loads((x / "nuteprune.json").read_text())) for x in (one, two)]
+    assert len(found[0]) > 10
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    samples = [(x / "run" / "samples.json").read_bytes() for x in (one, two)]
+    assert samples[0] == samples[1]
+
+
+def judged(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the smaller model and the dense one, without protocols."""
+
+    def numbers(found: Any, name: str) -> Iterator[tuple[str, float]]:
+        for key, value in found.items():
+            if isinstance(value, dict) and key != "protocol":
+                yield from numbers(value, f"{name}.{key}")
+            elif isinstance(value, (int, float)):
+                yield f"{name}.{key}", value
+
+    return dict(numbers({x: record[x] for x in ("perplexity", "copying", "answers")}, ""))
 
 
 def assert_alike(ours: Tensors, theirs: Tensors) -> None:
