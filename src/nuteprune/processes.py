@@ -57,7 +57,8 @@ def agree(tensors: Iterable[Tensor]) -> None:
 class Team:
     """Processes that share work out: each does its part, and the parts are added up.
 
-    All of them hold the same model and text. So all call `add_up` and `by_rows`, in one order.
+    All of them have the same model and text. So all call `add_up` and `by_rows`, in one order.
+    A sharded model's passes are of all processes together: each has to make as many.
 
     Args:
         rank: which of them this is.
@@ -87,25 +88,26 @@ class Team:
             for tensor in tensors:
                 _send(tensor, distributed.all_reduce)
 
-    def by_rows(
-        self, rows: int, work: Callable[[slice], Tensor], none: Tensor | None = None
-    ) -> Tensor:
+    def by_rows(self, rows: int, work: Callable[[slice], Tensor]) -> Tensor:
         """Return the rows (rows, ...) that some work gives, each process doing its own.
 
+        All do as many, the last ones perhaps some that others do too.
+
         Args:
-            rows: how many there are.
+            rows: how many there are, at least 1.
             work: makes some of them.
-            none: no rows (0, ...), of a process that has none to make; None: `work` makes them.
 
         Raises:
             RunFailed: if another process has ended.
         """
         if self.size == 1:
             return work(slice(None))
-        here = slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
-        part = work(here) if none is None or here.start < here.stop else none
+        each = -(-rows // self.size)
+        first = self.rank * each
+        begins = min(first, rows - each)
+        part = work(slice(begins, begins + each))
         whole = part.new_zeros(rows, *part.shape[1:])
-        whole[here] = part
+        whole[first : first + each] = part[first - begins :]
         self.add_up([whole])
         return whole
 

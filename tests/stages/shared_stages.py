@@ -1,6 +1,6 @@
 """The stages, by processes that share them out; each counts its products.
 
-shared_stages.py MODEL OUT BLOCKS METHOD...
+shared_stages.py MODEL OUT BLOCKS SHARDED METHOD...
 
 Of a model with a tokenizer: what it writes, and how it and another one are judged by BLOCKS. Of
 others: scores by each METHOD, and the refit to the cut that they choose.
@@ -8,7 +8,6 @@ others: scores by each METHOD, and the refit to the cut that they choose.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -26,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nuteprune.gates import copying_losses
 from nuteprune.judge.context import Span
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.weights import shard_base
 from nuteprune.processes import rank
 from nuteprune.stages import judge as judging
 from nuteprune.stages.choose import choose
@@ -67,14 +68,17 @@ def written(prepared: Prepared, tokenizer: Any, folder: Path) -> dict[str, torch
     return {"ids": torch.tensor([x for text in texts for x in text])}
 
 
-def judged(prepared: Prepared, tokenizer: Any, text: torch.Tensor) -> dict[str, torch.Tensor]:
+def judged(
+    prepared: Prepared, other: Any, tokenizer: Any, text: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """How the model is judged, alone and beside one with other values."""
     judging.SPANS = (Span(16, 4), Span(128, 8))
     dense, team = prepared.anatomy.model, prepared.team
-    other = copy.deepcopy(dense)
     for i, parameter in enumerate(other.parameters()):
         random = torch.Generator().manual_seed(i)
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=random)
+    if prepared.is_sharded:
+        shard_base(Anatomy(other.requires_grad_(False)), torch.device("cpu"))
     blocks = {"a": text[:8].flatten().view(-1, 192), "b": text}
     figures = judge(dense, blocks, tokenizer, team=team)
     found = entries(blocks, figures, judge(other, blocks, tokenizer, team=team))
@@ -94,10 +98,11 @@ def numbers(found: Any) -> Iterator[float]:
             yield from numbers(value)
 
 
-def main(model: str, out: str, blocks: str, *methods: str) -> None:
+def main(model: str, out: str, blocks: str, sharded: str, *methods: str) -> None:
     """Run the stages, and leave what they found and counted in a file of this process."""
     copying_losses.COPIES = 0.0  # random weights copy nothing: cut attention units all the same
     folder, count = Path(out), int(blocks)
+    shares = {"sharded": bool(int(sharded))}
     dense = AutoModelForCausalLM.from_pretrained(model)
     experts = {"gates": "expert_neurons,kv_groups", "neuron_multiple": 8}
     gates = experts if dense.config.model_type == "qwen2_moe" else {}
@@ -109,20 +114,23 @@ def main(model: str, out: str, blocks: str, *methods: str) -> None:
         with Products() as counter:
             result = work()
         products[stage] = counter.total
-        found.update({f"{stage} {name}": value.clone() for name, value in result.items()})
+        here = {name: x for name, x in result.items() if not x.is_meta}  # sharded: the main one's
+        found.update({f"{stage} {name}": value.clone() for name, value in here.items()})
         return result
 
     for method in methods:
         kind = {"similarity": {"gates": "attn_block,mlp_block"}}.get(method, gates)
         if method in ("reap", "reconstruction"):
             kind = {"gates": "experts"}
-        own = prepare(AutoModelForCausalLM.from_pretrained(model), settings(folder, **kind))
+        how = settings(folder, **kind, **shares)
+        own = prepare(AutoModelForCausalLM.from_pretrained(model), how)
         counted(method, lambda own=own, method=method: score(own, text[:count], method=method))
-    prepared = prepare(dense, settings(folder, **gates))
+    prepared = prepare(dense, settings(folder, **gates, **shares))
     if (Path(model) / "tokenizer.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(model)
+        other = AutoModelForCausalLM.from_pretrained(model)
         counted("write", lambda: written(prepared, tokenizer, folder))
-        counted("judge", lambda: judged(prepared, tokenizer, text))
+        counted("judge", lambda: judged(prepared, other, tokenizer, text))
     else:
         scores = counted("score", lambda: score(prepared, text[:count], target=0.2))
         counted("refit", lambda: refit(prepared, choose(prepared, scores, 0.2), text[:count]))

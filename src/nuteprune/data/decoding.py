@@ -165,7 +165,7 @@ def write_batch(
         if position == total - 1 or all(x.ended for x in batch):
             return
         numbers_B = torch.rand(len(batch), generator=generator, dtype=torch.float64)
-        drawn_B = team.by_rows(len(batch), drawn, drawn_B[:0])
+        drawn_B = team.by_rows(len(batch), drawn)
         agree([drawn_B])
 
 

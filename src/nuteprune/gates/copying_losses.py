@@ -24,6 +24,7 @@ from torch import Tensor
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Probe, Scores
 from nuteprune.model.forwards import giving, last_logits, noting_outputs
+from nuteprune.model.weights import is_sharded
 from nuteprune.simulated import alike, number, scored
 
 SEQUENCES, LENGTH = 3, 100
@@ -169,6 +170,9 @@ def copying_losses(probe: Probe, kind: str, dense: DenseRun, units_N: Tensor) ->
             losses_N[units] = scored(losses_without(probe, kind, layer, units, dense))
         first, dealt = first + size, dealt + len(groups)
         probe.progress()
+    fewer = probe.team.rank >= (dealt % probe.team.size or probe.team.size)
+    if fewer and is_sharded(probe.anatomy.layers[0]):  # each needs as many passes
+        losses_without(probe, kind, layer, torch.tensor([first - 1]), dense)
     probe.team.add_up([losses_N])
     return losses_N
 

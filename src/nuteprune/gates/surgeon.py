@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ TEMPERATURE = 2.0
 
 Key = tuple[str, int]
 """A block, and a layer."""
+Problem = tuple[Tensor, Tensor]
+"""Covariance (I, I) of the inputs of a block's last projection, and its weight (O, I)."""
 AddChanges = Callable[[str, int, Tensor], None]
 """Takes in (block, layer, squared changes (2, I)), summed over some sequences; see `lengths`."""
 
@@ -73,14 +75,14 @@ def surgeon_scores(probe: Probe) -> Scores:
     layers = range(len(probe.anatomy.layers))
     for first in layers[:: probe.team.size]:
         together = layers[first : first + probe.team.size]
-        own: dict[int, dict[str, Tensor]] = {}
+        own: dict[int, dict[str, Problem]] = {}
         for layer in together:
-            covariances = _advance(probe, text, changes, layer, found)
+            problems = _advance(probe, text, changes, layer, found)
             if probe.team.is_mine(layer):
-                own[layer] = covariances
-            del covariances  # large
-        for layer, covariances in own.items():
-            _solve(probe, changes, layer, covariances, found)
+                own[layer] = problems
+            del problems  # large
+        for layer, problems in own.items():
+            _solve(probe, changes, layer, problems, found)
         for _ in together:
             probe.progress()
     probe.team.add_up(found.values())
@@ -89,8 +91,8 @@ def surgeon_scores(probe: Probe) -> Scores:
 
 def _advance(
     probe: Probe, text: Layerwise, changes: Mapping[Key, Tensor], layer: int, found: Scores
-) -> dict[str, Tensor]:
-    """Return the covariance (I, I) by block of a layer; its experts are solved at once, by all."""
+) -> dict[str, Problem]:
+    """Return what `_solve` takes of a layer's blocks; its experts are solved at once, by all."""
     blocks = [block for block, i in changes if i == layer and block != "experts"]
     mixture = probe.anatomy.mixture(layer) if ("experts", layer) in changes else None
     with noting_calls(mixture.experts if mixture else None) as routed:
@@ -102,26 +104,26 @@ def _advance(
             costs_EF = neuron_costs(mixture, routed, changes_2EF, probe.team)
         if probe.team.is_mine(layer):
             _put(probe, found, "expert_neurons", layer, costs_EF.flatten())
-    return covariances
+    linears = {x: probe.anatomy.linear(layer, probe.anatomy.ends(layer)[x]) for x in blocks}
+    return {x: (covariances[x], weight_of(cast(nn.Linear, linears[x]))) for x in blocks}
 
 
 def _solve(
     probe: Probe,
     changes: Mapping[Key, Tensor],
     layer: int,
-    covariances: dict[str, Tensor],
+    problems: dict[str, Problem],
     found: Scores,
 ) -> None:
     """Put the costs of a layer's units in their places; the covariances are used up."""
     tokens = sum(batch_BT.numel() for batch_BT in probe.plain_batches)
-    for block in list(covariances):
-        covariance_II = covariances.pop(block).div_(tokens)
+    for block in list(problems):
+        covariance_II, weight_OI = problems.pop(block)
+        covariance_II.div_(tokens)
         lengths_I = lengths(changes[block, layer], covariance_II.diagonal())
         kinds = [kind for kind in probe.kinds if READ[kind] == block]
         counts = [probe.layout.sizes[kind][layer] for kind in kinds]
-        linear = probe.anatomy.linear(layer, probe.anatomy.ends(layer)[block])
-        assert linear is not None
-        costs = removal_costs(weight_of(linear).float(), lengths_I, covariance_II, counts)
+        costs = removal_costs(weight_OI.float(), lengths_I, covariance_II, counts)
         for kind, costs_U in zip(kinds, costs, strict=True):
             _put(probe, found, kind, layer, costs_U)
 

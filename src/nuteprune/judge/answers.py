@@ -24,6 +24,7 @@ from nuteprune.data.prompts import Prompts
 from nuteprune.data.tokens import texts_of
 from nuteprune.errors import UserError
 from nuteprune.model.forwards import evaluating, heads_as_tokens, last_logits
+from nuteprune.model.weights import is_sharded
 from nuteprune.processes import ALONE, Team
 
 TOKENS: Final = 64
@@ -181,6 +182,7 @@ def write(
                 max_new_tokens=most,
                 do_sample=False,
                 pad_token_id=padding,
+                synced_gpus=is_sharded(model),  # all go on until the last one has ended
             )
             found_Nn[here, : made_BT.shape[1] - longest] = made_BT[:, longest:].cpu()
         return found_Nn

@@ -104,7 +104,7 @@ def copying(
         return torch.cat(right)
 
     with evaluating(model):
-        right = int(team.by_rows(SEQUENCES, copied, torch.empty(0, length).bool()).sum())
+        right = int(team.by_rows(SEQUENCES, copied).sum())
     return Copying(100 * right / drawn_NT.numel(), protocol)
 
 
@@ -262,9 +262,8 @@ def likelihoods(
             found.append(-losses_BS.cpu())
         return torch.cat(found)
 
-    none_NS = torch.empty(0, count)
     with evaluating(model):
-        return team.by_rows(len(blocks_NT), read, none_NS) if len(blocks_NT) else none_NS
+        return team.by_rows(len(blocks_NT), read) if len(blocks_NT) else torch.empty(0, count)
 
 
 def _mean(values: Tensor) -> float | None:

@@ -75,7 +75,7 @@ def perplexity(
         return torch.tensor([nats for batch in found for nats in batch], dtype=torch.float64)
 
     with torch.no_grad(), evaluating(model):
-        total = float(team.by_rows(count, read, torch.empty(0, dtype=torch.float64)).sum())
+        total = float(team.by_rows(count, read).sum())
     predicted = int((~is_read_NT).sum())
     # Unlike math.exp, a tensor's goes to infinity where a broken model takes it.
     return torch.tensor(total / predicted, dtype=torch.float64).exp().item()

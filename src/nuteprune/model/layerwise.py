@@ -9,8 +9,8 @@ its outputs, P columns of a panel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -136,7 +136,8 @@ class Layerwise:
             ids_BT = batch_BT.to(device)
             if len(ids_BT) not in self._kwargs:
                 self._kwargs[len(ids_BT)] = self._calls(ids_BT)
-            with anatomy.layers[0].register_forward_pre_hook(self._enter):
+            enters = anatomy.layers[0].register_forward_pre_hook(self._enter)
+            with enters, self._first_layer_alone():
                 kept = no_logits(ids_BT)
                 self._until_stopped(
                     anatomy.model, input_ids=ids_BT, use_cache=False, logits_to_keep=kept
@@ -145,22 +146,29 @@ class Layerwise:
     def _calls(self, ids_BT: Tensor) -> list[dict[str, Any]]:
         """Return the arguments of each layer besides hidden states."""
         found: list[dict[str, Any]] = []
-        first, *others = self._anatomy.layers
 
         def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(kwargs)
 
         with ExitStack() as stack:
+            for layer in self._anatomy.layers:
+                stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+            stack.enter_context(self._first_layer_alone())
+            stack.enter_context(self._hooks.using(self._masks))
+            self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
+        return found
+
+    @contextmanager
+    def _first_layer_alone(self) -> Iterator[None]:
+        """Let the other layers give what the first one does, at once."""
+        first, *others = self._anatomy.layers
+        with ExitStack() as stack:
 
             def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
                 stack.enter_context(giving(others, [output] * len(others)))
 
-            for layer in self._anatomy.layers:
-                stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             stack.enter_context(first.register_forward_hook(skip))
-            stack.enter_context(self._hooks.using(self._masks))
-            self._anatomy.model(input_ids=ids_BT, use_cache=False, logits_to_keep=no_logits(ids_BT))
-        return found
+            yield
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._batches_BTD.append(args[0])

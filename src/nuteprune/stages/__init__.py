@@ -6,9 +6,11 @@ found it; slice uses it up. The stage between, teach, is `train.trainer`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Layout
@@ -57,9 +59,17 @@ class Prunable:
 
     @property
     def team(self) -> Team:
-        """The processes that share the work of its stages: those that hold all of it."""
-        alone = self.is_sharded or not has_data(self.anatomy.embedding.weight)
-        return ALONE if alone else everyone()
+        """The processes that share the work of its stages."""
+        return everyone() if has_data(self.anatomy.embedding.weight) else ALONE
+
+    def team_over(self, *parts: Sequence[Tensor]) -> Team:
+        """Return the processes that share batches out; of a sharded model all need as many passes.
+
+        Args:
+            parts: batches (B, T), each dealt out by itself.
+        """
+        even = all(len(x) % self.team.size == 0 and len(set(map(len, x))) < 2 for x in parts)
+        return self.team if even or not self.is_sharded else ALONE
 
     @property
     def is_packed(self) -> bool:

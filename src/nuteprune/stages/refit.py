@@ -58,16 +58,9 @@ def refit(
 
     stacks: InstallStack | None = bank.set_weight if whole else None
     tick = counted(progress, "refit", len(anatomy.layers))
+    batches = blocks.split(batch_size)
+    team = model.team_over(batches)
+    where = anatomy, model.hooks, masks
     with bank.kept():
-        fit_projections(
-            anatomy,
-            model.hooks,
-            masks,
-            blocks.split(batch_size),
-            install,
-            tick,
-            bank.as_dense,
-            stacks,
-            model.team,
-        )
+        fit_projections(*where, batches, install, tick, bank.as_dense, stacks, team)
         return bank.weights() if whole else {k: v.clone() for k, v in bank.state().items()}
