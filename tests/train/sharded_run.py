@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,18 +54,26 @@ def bytes_alive() -> int:
     return sum({x.data_ptr(): x.nbytes() for x in memory}.values())
 
 
+def comes_to(held: int) -> None:
+    """So much is alive, once what was being sent is there."""
+    until = time.monotonic() + 10
+    while (found := bytes_alive()) != held:
+        assert time.monotonic() < until, (found, held)
+        time.sleep(0.05)
+
+
 def check_refitted() -> None:
     """Refitted weights add a half of their bytes here, and go again."""
     prepared, blocks = trainer.prepared, torch.arange(3, 67).view(4, 16)
     weights = refit(prepared, choose(prepared, prepared.allocator.chance_scores(), 0.3), blocks)
     assert weights
     assert dist.get_rank() == 0 or all(x.is_meta for x in weights.values())
-    before = bytes_alive()
+    before = min(bytes_alive() for _ in range(5))
     prepared.bank.install(weights)
     whole = sum(x.nbytes for x in weights.values())
-    assert (bytes_alive() - before) * dist.get_world_size() == whole
+    comes_to(before + whole // dist.get_world_size())
     prepared.bank.clear()
-    assert bytes_alive() == before
+    comes_to(before)
 
 
 check()
