@@ -24,8 +24,8 @@ from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import mixture
 from nuteprune.judge.context import SEED, copying
 from nuteprune.judge.perplexity import mean, perplexities
-from nuteprune.judge.protocol_blocks import make_blocks
-from nuteprune.judge.protocols import HELD_OUT, PROTOCOLS
+from nuteprune.judge.published import HELD_OUT, PROTOCOLS
+from nuteprune.judge.published_blocks import make_blocks
 from nuteprune.run_folder import SELF
 from nuteprune.stages.write import tokens_to_write, write
 

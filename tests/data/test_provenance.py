@@ -18,7 +18,7 @@ from nuteprune.data.fingerprint import (
 )
 from nuteprune.data.held_out import held_out_blocks
 from nuteprune.data.training_text import training_blocks
-from nuteprune.judge.protocol_blocks import rows_of
+from nuteprune.judge.published_blocks import rows_of
 
 
 def known(*names: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from nuteprune.console import Output
 from nuteprune.jobs.verdicts import Verdicts
 from nuteprune.judge.context import Copying
-from nuteprune.judge.protocol_blocks import Blocks
+from nuteprune.judge.published_blocks import Blocks
 from nuteprune.judge.tasks import Score
 from tests.export.test_card import BESIDE
 

@@ -20,7 +20,7 @@ from nuteprune.files import at_home
 from nuteprune.jobs import sources
 from nuteprune.jobs.options import Evaluation
 from nuteprune.jobs.verdicts import Verdicts
-from nuteprune.judge import protocol_blocks, protocols
+from nuteprune.judge import published, published_blocks
 from nuteprune.judge.context import SEED, copying
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
@@ -50,7 +50,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
     computed = sources.pick_dtype(asked.dtype, kind)
     tokenizers = [sources.load_tokenizer(name, asked.trust_remote_code) for name in names]
     tokenizer = tokenizers[0]
-    cut: dict[str, protocol_blocks.Blocks] = {}
+    cut: dict[str, published_blocks.Blocks] = {}
     if asked.data or asked.protocol or questions is None:
         cut = _blocks(asked, tokenizer, _learned(names))
     prompts = None if asked.prompts is None else read_prompts(asked.prompts, tokenizer)
@@ -123,17 +123,17 @@ def _blocks(
     asked: Evaluation,
     tokenizer: PreTrainedTokenizerBase,
     learned: Sequence[Fingerprint | None],
-) -> dict[str, protocol_blocks.Blocks]:
+) -> dict[str, published_blocks.Blocks]:
     """Cut each text by the protocol that was asked for, or by the one that suits it."""
     protocol, whole = asked.protocol, asked.whole
-    named = protocols.protocol_named(protocol) if protocol else None
+    named = published.protocol_named(protocol) if protocol else None
     specs = asked.data or (list(named.texts) if named else [DEMO])
     cut = {}
     for spec in specs:
-        published = spec.partition("=")[0] in protocols.TEXTS
-        name = protocol or ("nuteprune" if published else protocols.HELD_OUT)
-        how = protocols.changed(protocols.protocol_named(name), **asked.changes)
-        found = protocol_blocks.rows_of(
+        is_published = spec.partition("=")[0] in published.TEXTS
+        name = protocol or ("nuteprune" if is_published else published.HELD_OUT)
+        how = published.changed(published.protocol_named(name), **asked.changes)
+        found = published_blocks.rows_of(
             spec, whole=whole, text_column=asked.text_column, tokenizer=tokenizer
         )
         for source, rows in found.items():
@@ -141,16 +141,16 @@ def _blocks(
                 raise UserError(
                     f"two texts are called {source}: name each only once, or rename a file"
                 )
-            made = protocol_blocks.make_blocks(source, rows.read(), tokenizer, how)
+            made = published_blocks.make_blocks(source, rows.read(), tokenizer, how)
             kind = kind_of(rows.fingerprint, learned) if learned else None
-            part = "all" if whole or published else "held-out"
+            part = "all" if whole or is_published else "held-out"
             described = {"kind": kind, "protocol": name, "part": part, **made.described}
             cut[source] = dataclasses.replace(made, described=described)
     return cut
 
 
 def _measure(
-    name: str, loaded: Any, cut: Mapping[str, protocol_blocks.Blocks], batch_size: int, bars: Bars
+    name: str, loaded: Any, cut: Mapping[str, published_blocks.Blocks], batch_size: int, bars: Bars
 ) -> dict[str, float]:
     """Return the perplexity on each text."""
     vocabulary = Anatomy(loaded).embedding.weight.shape[0]

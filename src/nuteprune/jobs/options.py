@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nuteprune.errors import UserError
 from nuteprune.jobs.job import PruneJob
-from nuteprune.judge import protocols
+from nuteprune.judge import published
 from nuteprune.run_folder import RUN, SPEED
 from nuteprune.train.declared import check_declared, declared, option, setting
 from nuteprune.train.settings import PruneSettings
@@ -27,13 +27,13 @@ class Evaluation:
         "The dense model, to compare quality, answers and use of context with."
     )
     data: list[str] | None = option(
-        f"Text, may be repeated: {', '.join(protocols.TEXTS)} (from the hub; NAME=FILE "
+        f"Text, may be repeated: {', '.join(published.TEXTS)} (from the hub; NAME=FILE "
         "reads a local copy), a file, a folder, a hub dataset id[:config[:split]], or 'demo'."
     )
-    protocol: str | None = option(f"How text is cut into blocks: {', '.join(protocols.PROTOCOLS)}.")
+    protocol: str | None = option(f"How text is cut into blocks: {', '.join(published.PROTOCOLS)}.")
     length: int | None = option("Tokens per block.")
     stride: int | None = option("Tokens between starts of blocks; below --length they overlap.")
-    joining: str | None = option(f"Between documents: {', '.join(protocols.JOININGS)}.")
+    joining: str | None = option(f"Between documents: {', '.join(published.JOININGS)}.")
     blocks: int | None = option("Most blocks per text; 0: all.")
     whole: bool = option("All of the text, not only its held-out part.", False)
     tasks: str | None = option(

@@ -12,8 +12,8 @@ from nuteprune.export.card import definitions
 from nuteprune.jobs.show import print_beside
 from nuteprune.judge.context import Copying
 from nuteprune.judge.perplexity import OVERLAPPING, PROTOCOL, mean
-from nuteprune.judge.protocol_blocks import Blocks
-from nuteprune.judge.protocols import HELD_OUT
+from nuteprune.judge.published import HELD_OUT
+from nuteprune.judge.published_blocks import Blocks
 from nuteprune.judge.retention import retention, retention_stderr, retentions
 from nuteprune.judge.tasks import Figure, Flips, Score, Tasks, answers_of, flips
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from nuteprune.data.held_out import held_out_blocks
 from nuteprune.errors import UserError
 from nuteprune.judge.perplexity import perplexity
-from nuteprune.judge.protocol_blocks import cut, make_blocks, rows_of
-from nuteprune.judge.protocols import PROTOCOLS, changed, protocol_named
+from nuteprune.judge.published import PROTOCOLS, changed, protocol_named
+from nuteprune.judge.published_blocks import cut, make_blocks, rows_of
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from nuteprune.data.specs import iter_documents, local_files
 from nuteprune.data.tokens import after, bos_of, collect, tokens_of, too_short
 from nuteprune.errors import UserError, in_one_line
 from nuteprune.files import at_home
-from nuteprune.judge.protocols import END_OF_TEXT, JOININGS, TEXTS, Protocol
+from nuteprune.judge.published import END_OF_TEXT, JOININGS, TEXTS, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
