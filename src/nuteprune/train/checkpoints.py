@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import distributed as dist
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -37,7 +37,6 @@ from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN, SETTINGS
 from nuteprune.train.config import RunArguments
 from nuteprune.train.declared import check_same, run_settings
-from nuteprune.train.publish import PushesCheckpoint
 from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
 
 PARTIAL = ".partial"
@@ -81,7 +80,7 @@ class StopSignals(TrainerCallback):
         self._before = {}
 
 
-class AtomicTrainer(PushesCheckpoint):
+class AtomicTrainer(Trainer):
     """`transformers.Trainer` for runs that may be stopped or killed at any moment.
 
     Trainer writes into `checkpoint-N` directly, and would resume from a half-written one; here a
@@ -97,11 +96,34 @@ class AtomicTrainer(PushesCheckpoint):
     """
 
     args: RunArguments
+    how_to_write = "call finalize(), then save_pruned(FOLDER)"
+    """How a checkpoint that others load is written."""
     _checkpoint_dir: Path | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the run's settings in their canonical spelling; see `run_settings`."""
         return run_settings(self.args, self._job)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Refuse to save a model during a run, whose state is in its checkpoints.
+
+        Raises:
+            UserError: unless Trainer writes a checkpoint.
+        """
+        if not _internal_call:
+            raise UserError(f"save_model would write no model: {self.how_to_write}")
+        super().save_model(output_dir, _internal_call)
+
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:
+        """Refuse to upload a run's state.
+
+        Raises:
+            UserError: saying how to upload the result.
+        """
+        raise UserError(
+            f"push_to_hub would upload no model: {self.how_to_write}, and upload that folder with "
+            "hf upload"
+        )
 
     def run_state(self) -> RunState:
         """Return the state that a checkpoint holds besides Trainer's own."""

@@ -20,6 +20,8 @@ SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """How `accelerate launch` asks for it, whatever the settings say."""
 UNSUPPORTED = {
     "load_best_model_at_end": "is not supported: checkpoints of a run are not models; leave it out",
+    "push_to_hub": "would upload a run's state, which is no model: leave it out, and upload the "
+    "folder of the result with hf upload",
     "save_only_model": "is not supported: a run could not go on from its checkpoints; leave it out",
     "label_smoothing_factor": "is {value}, and no loss here smooths labels: leave it out",
     "use_liger_kernel": "patches the model's own forward passes, which masks and two roles have "

@@ -48,7 +48,7 @@ class RecoverTrainer(AtomicTrainer):
 
     args: RecoverConfig
     model: PeftModel
-    how_to_write = "write what merge() returns with save_pretrained; upload that folder"
+    how_to_write = "write what merge() returns with save_pretrained"
 
     def __init__(
         self,

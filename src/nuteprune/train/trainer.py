@@ -283,9 +283,7 @@ class NutePruneTrainer(Distiller):
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         about = self._about(self.sliced) | record
-        written = save(self.sliced, Path(folder), tokenizer, **about)
-        self.saved = Path(folder)
-        return written
+        return save(self.sliced, Path(folder), tokenizer, **about)
 
     def _about(self, sliced: Sliced) -> dict[str, Any]:
         """Return the run's arguments for `stages.save`."""
