@@ -48,4 +48,4 @@ def test_it_is_given_back_after_each_layer(
         text.advance(layer)
     assert told == 4 * ["read"]
     slicing.cut_state(anatomy, Masks(Layout(anatomy.shape, anatomy.head_dim), {}))
-    assert told[4:] == 3 * ["cut"]
+    assert told[4:] == 4 * ["cut"]

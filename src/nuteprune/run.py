@@ -41,7 +41,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Run:
-    """A run; each stage is a method, in the order of `pipeline`.
+    """A run; stages are methods, in the order of `pipeline`, or of what `first_stages` returns.
 
     Args:
         model: the dense model, prepared.
@@ -120,14 +120,14 @@ class Run:
         return None if self.model.is_packed else self._judge_dense(self.model.anatomy.model)
 
     def _judge_dense(self, model: PreTrainedModel) -> Figures:
-        make = partial(self._figures, model, "the dense model")
+        make = partial(judge, model, name="the dense model", **self._judged_by)
         found: Figures = self.products.keep_json("judge", make, held_out=protocol(self.held_out))
         return found
 
-    def _figures(self, model: PreTrainedModel, name: str) -> Figures:
-        """Judge a model by itself."""
-        how: dict[str, Any] = {"progress": self.progress, "team": self.model.team}
-        return judge(model, self.held_out, self.text.tokenizer, name=name, **how)
+    @property
+    def _judged_by(self) -> dict[str, Any]:
+        how = {"progress": self.progress, "team": self.model.team}
+        return {"held_out": self.held_out, "tokenizer": self.text.tokenizer, **how}
 
     def first_stages(self) -> FirstStages:
         """Return the stages before the first step, ready to go: score, choose, refit."""
@@ -181,7 +181,7 @@ class Run:
             dense = self._judge_dense(self._dense)
         with self.products.measured("judge"):
             small = self._smaller(sliced.model)
-            found = self._figures(small, "the pruned model")
+            found = judge(small, name="the pruned model", **self._judged_by)
             self.progress("judge answers and context", 0, 1)
             text, team = self.held_out, self.model.team
             beside = judge_beside(self._dense, small, self.text.tokenizer, text, team=team)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from nuteprune.export.record import write_pruned
 from nuteprune.export.vocabulary import cut_model
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.stages.save import write_pruned
 from tests.conftest import Run, json_line
 
 

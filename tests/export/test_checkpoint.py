@@ -21,13 +21,14 @@ from nuteprune.export import checkpoint, modeling_pruned
 from nuteprune.export.checkpoint import recount, save
 from nuteprune.export.config import pruned_config
 from nuteprune.export.loading import build, load_pruned
-from nuteprune.export.record import weights_size, write_pruned
+from nuteprune.export.record import weights_size
 from nuteprune.files import write_sums
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import knowing
 from nuteprune.model.shape import LayerShape, Shape
+from nuteprune.stages.save import write_pruned
 from tests.families import MORE, QUICK, each, each_family
 
 from .conftest import logits, tensors, whole_shape

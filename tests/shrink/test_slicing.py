@@ -12,7 +12,7 @@ from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
 from nuteprune.memory import mapped
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.shrink.slicing import Tensors, cut_state
+from nuteprune.shrink.slicing import cut_part, cut_state
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.constraints import make_allocator
 
@@ -30,21 +30,14 @@ def test_a_layer_is_let_go_before_the_next_is_begun(tiny_model) -> None:
     anatomy = Anatomy(tiny_model("llama"))
     masks = half(anatomy, "neurons,hidden")
     held = [[weakref.ref(p) for p in layer.parameters()] for layer in anatomy.layers]
-    seen, parts = [], []
-
-    def begin(layer: int | None) -> None:
-        seen.append(layer)
+    parts = []
+    for layer in (0, 1, 2, None):
         alive = [any(x() is not None for x in layer) for layer in held]
         assert alive == [i >= (len(held) if layer is None else layer) for i in range(len(held))]
-
-    def hold(part: Tensors) -> Tensors:
-        parts.append(sorted(part))
-        return {name: x.clone() for name, x in part.items()}
-
-    state = cut_state(anatomy, masks, begin, hold)
-    assert seen == [0, 1, 2, None]
+        parts.append({k: x.clone() for k, x in cut_part(anatomy, masks, layer).items()})
     assert [len(x) for x in parts] == [9, 9, 9, 3]
-    assert sorted(state) == sorted(name for part in parts for name in part)
+    whole = cut_state(Anatomy(tiny_model("llama")), masks)
+    assert sorted(whole) == sorted(name for part in parts for name in part)
     assert not list(anatomy.model.parameters())
 
 

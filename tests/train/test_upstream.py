@@ -19,7 +19,6 @@ PRIVATE = {
     "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_move_model_to_device": ("model", "device"),
-    "_push_from_checkpoint": ("checkpoint_folder",),
     "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
     "_wrap_model": ("model", "training", "dataloader"),

@@ -34,7 +34,6 @@ from nuteprune.model.families import FAMILIES
 from nuteprune.model.family import PREFIX
 from nuteprune.model.lookup import all_brought_along
 from nuteprune.model.shape import Shape
-from nuteprune.processes import is_main, share
 from nuteprune.run_folder import RUN, SUMS, hidden
 from nuteprune.shrink.slicing import Tensors, cut_state, narrower_epsilon, shape_of
 
@@ -50,26 +49,21 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 
 
 def assemble(
-    anatomy: Anatomy, masks: Masks, sharded: bool = False, **how: Any
+    anatomy: Anatomy, masks: Masks, state: Tensors | None = None
 ) -> tuple[PreTrainedModel, Shape]:
-    """Cut a dense or refitted model down to the units that masks keep.
+    """Make the model that a dense or refitted one is when masks have cut it.
 
     Args:
         anatomy: a model without adapters; it is used up.
         masks: final masks in an exportable shape.
-        sharded: whether the main process alone cuts; in others tensors have room, and no values.
-        **how: further arguments of `cut_state`.
+        state: the weights that are left; None: those of the model, cut here.
 
     Returns:
         The smaller model and its dimensions.
     """
     shape, epsilon = shape_of(masks), narrower_epsilon(anatomy, masks)
     config = pruned_config(anatomy.config, anatomy.family, shape, epsilon=epsilon)
-    state = cut_state(anatomy, masks, **how) if is_main() or not sharded else None
-    if sharded:
-        shared = share(state, values=False) or {}
-        state = state or {name: torch.empty_like(x, device="cpu") for name, x in shared.items()}
-    small = build(config, state or {})
+    small = build(config, cut_state(anatomy, masks) if state is None else state)
     small.generation_config = copy.deepcopy(anatomy.model.generation_config)
     return small, shape
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,16 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from nuteprune.errors import UserError
-from nuteprune.export.card import LICENCE, inherited_licence, model_card
-from nuteprune.export.checkpoint import recount, save
+from nuteprune.export.card import LICENCE, model_card
+from nuteprune.export.checkpoint import save
 from nuteprune.export.hub import files_in
-from nuteprune.export.loading import FAMILY, is_projection
+from nuteprune.export.loading import is_projection
 from nuteprune.files import to_json, write_text
-from nuteprune.gates.budget import share_gone
-from nuteprune.memory import peak
 from nuteprune.model.family import PREFIX
-from nuteprune.model.lookup import brought_along, family_named, of_language_model
-from nuteprune.model.shape import Shape
+from nuteprune.model.lookup import family_named, of_language_model
 from nuteprune.run_folder import CARD, RECORD, TARGETS
 
 if TYPE_CHECKING:
@@ -37,74 +32,6 @@ def blocks_recount(tensors: Mapping[str, list[int]], model_type: str) -> int:
     """Count the parameters of decoder projections among the tensors of a written checkpoint."""
     family, own = family_named(model_type), of_language_model(tensors)
     return sum(math.prod(shape) for name, shape in own.items() if is_projection(name, family))
-
-
-def write_pruned(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    params: Mapping[str, int],
-    around: Around | None = None,
-    *,
-    target: float,
-    before: Shape,
-    after: Shape,
-    **rest: Any,
-) -> dict[str, Any]:
-    """Write a pruned checkpoint with its record and its card; counts come from what was written.
-
-    Args:
-        folder: where to; see `checkpoint.save`.
-        model: the pruned model, in the dtype that it is to be stored in.
-        tokenizer: its tokenizer, if it has one.
-        params: `before` (all, tied once) and `blocks_before`, counted on the dense model; of a
-            mixture also `active_before`, `active_after`: what a token goes through.
-        around: the other parts of the model's checkpoint, written with it; None: none.
-        target: sparsity asked for.
-        before: dimensions of the dense model.
-        after: dimensions of the pruned one.
-        **rest: further keys of the record: `base_model`, shapes, seconds, seed, config and so on.
-            `license` is read from the base model's card where it is not given; None where that is
-            unknown.
-
-    Returns:
-        The record as it was written.
-    """
-    save(model, folder, tokenizer, around)
-    counted = recount(folder)
-    params = {**params, "after": counted["total"]}
-    params["blocks_after"] = blocks_recount(counted["tensors"], model.config.model_type)
-    if around is not None:
-        own = of_language_model(counted["tensors"])
-        params["before"] += counted["total"] - sum(map(math.prod, own.values()))
-        rest["wrapper"] = around.wrapper.conditional
-    if "license" not in rest:
-        rest |= inherited_licence(rest.get("base_model"))
-    if family := brought_along(model.config.model_type):
-        from nuteprune.model.family_file import to_dict
-
-        rest[FAMILY] = to_dict(family)
-    rest.setdefault("peak_memory_bytes", peak())
-    full = {
-        "schema": SCHEMA,
-        "target": target,
-        "sparsity": share_gone(params["blocks_before"], params["blocks_after"]),
-        "total_sparsity": share_gone(params["before"], params["after"]),
-        "params": params,
-        "layers": [
-            {**layer.to_dict(), "attention": layer.mixes, "mlp": layer.mlp}
-            for layer in after.layers
-        ],
-        "hidden": {"before": before.hidden, "after": after.hidden},
-        "layers_before": before.to_dict()["layers"],
-        **rest,
-        "bytes_on_disk": weights_size(folder),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("nuteprune", "torch", "transformers", "peft")},
-        },
-    }
-    return _write_texts(folder, model, full)
 
 
 def write_again(
@@ -121,16 +48,17 @@ def write_again(
         model: the model, in the dtype that it is to be stored in.
         tokenizer: its tokenizer.
         record: the record it had, with what has changed.
-        around: as in `write_pruned`.
+        around: as in `stages.save.write_pruned`.
 
     Returns:
         The record as it was written; sizes are those of the written files.
     """
     save(model, folder, tokenizer, around)
-    return _write_texts(folder, model, {**record, "bytes_on_disk": weights_size(folder)})
+    return write_texts(folder, model, {**record, "bytes_on_disk": weights_size(folder)})
 
 
-def _write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
+def write_texts(folder: Path, model: PreTrainedModel, full: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a checkpoint's card and its record; return the record as it was written."""
     card = model_card(full, remote_code=model.config.model_type.startswith(PREFIX))
     for name, text in ((CARD, card), (RECORD, to_json(full, indent=2) + "\n")):
         write_text(folder / name, text)

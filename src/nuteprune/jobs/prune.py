@@ -167,6 +167,7 @@ def run(job: PruneJob, output: Output) -> Result | None:
             return Result({}, plan) if is_main() else None
         begin(job, made)
         made.steps_in_time = steps_in_time
+        # `nuteprune.pipeline`, or the one of `progressive.trainer`.
         records = import_module(config.PIPELINE).pipeline(made)
     if not is_main():
         return None

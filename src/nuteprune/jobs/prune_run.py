@@ -32,7 +32,7 @@ from nuteprune.run_folder import RUN, SELF
 from nuteprune.stages.write import OWN_SHARE, read_written, room, seconds_to_write, tokens_to_write
 from nuteprune.train.checks import check_placement
 from nuteprune.train.config import NutePruneConfig, prune_config
-from nuteprune.train.declared import chosen_settings
+from nuteprune.train.declared import chosen_settings, run_settings
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.targets import COUNTED, Target
 from nuteprune.train.trainer import NutePruneTrainer
@@ -109,6 +109,10 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         return shared if len(prepared.targets) == 1 else shared.parent / target.asked.folder / RUN
 
     what = what_it_is(job) | _hashes(job, config)
+    settings = run_settings(config, what)
+    depend: dict[str, Any] = {x: settings[x] for x in ("model", "dtype", "nuteprune")}
+    depend |= {} if job.vocab is None else {"vocab": settings["vocab"]}
+    products = Products(None if job.dry_run else shared, depend, job.resume)
 
     def trainer_of(target: Target) -> NutePruneTrainer:
         own = copy.copy(config)
@@ -130,12 +134,7 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         own.output_dir = str(run_folder_of(target))  # Trainer makes its folder at once: not yet
         return trainer
 
-    products = Products(None, {})
     first = trainer_of(prepared.targets[0])  # settings fail and the model is placed before all else
-    settings = first.settings()
-    depend: dict[str, Any] = {x: settings[x] for x in ("model", "dtype", "nuteprune")}
-    depend |= {} if job.vocab is None else {"vocab": settings["vocab"]}
-    products = first.products = Products(None if job.dry_run else shared, depend, job.resume)
     if cut is not None:
         products.costs |= cut["stages"]
         text.training.fingerprint.update(Fingerprint(cut["text"]))

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.errors import UserError
 from nuteprune.export.checkpoint import as_stored
-from nuteprune.export.record import write_pruned
 from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.fewer_tokens import Cutter, Smaller, VocabText, costs, read_text
@@ -29,6 +28,7 @@ from nuteprune.run_folder import VOCAB
 from nuteprune.shrink.token_ids import tokens_in, unknown_ids
 from nuteprune.shrink.token_use import expected_use, use_of
 from nuteprune.shrink.vocabulary import Merges, choose
+from nuteprune.stages.save import write_pruned
 from nuteprune.stages.write import OWN_SHARE
 
 

@@ -64,7 +64,7 @@ class ProgressiveTrainer(NutePruneTrainer):
         """Start the gates from scores, where they follow any."""
         if self._has_scores or resumes or not self.gates.ranked:
             return
-        scores = self.stages_before(resumes).score()
+        scores = self.first_stages(resumes).score()
         for kind, own in self.gates.scores.items():
             own.copy_(scores[kind])
         agree(self.gates.scores.values())

@@ -6,7 +6,6 @@ Shape suffixes: D hidden width, E experts that are kept, K kept neurons of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -66,44 +65,38 @@ def _kept_neurons(masks: Masks, layer: int) -> Tensor:
 Tensors = dict[str, Tensor]
 
 
-@torch.no_grad()
-def cut_state(
-    anatomy: Anatomy,
-    masks: Masks,
-    begin: Callable[[int | None], None] = lambda layer: None,
-    hold: Callable[[Tensors], Tensors] = lambda part: part,
-) -> Tensors:
-    """Fold masks into a model's weights, and return those of the smaller model.
+def cut_state(anatomy: Anatomy, masks: Masks) -> Tensors:
+    """Return the weights of the smaller model, by the stock model's names; see `cut_part`."""
+    parts = (*range(len(anatomy.layers)), None)
+    return {name: x for part in parts for name, x in cut_part(anatomy, masks, part).items()}
 
-    Layers are cut one at a time, and each is freed afterwards.
+
+@torch.no_grad()
+def cut_part(anatomy: Anatomy, masks: Masks, layer: int | None) -> Tensors:
+    """Fold masks into a layer's weights, and return those that are left; the layer is freed.
 
     Args:
         anatomy: a model without adapters; it is used up.
         masks: the units to keep (non-zero entries), in an exportable shape.
-        begin: called with the next layer, or None before the parts outside of layers; may still
-            change their weights.
-        hold: called with a part's cut tensors; returns the tensors to keep.
+        layer: the layer; None: what is outside of layers, which comes last.
 
     Returns:
-        The state dict by the stock model's names.
+        Tensors by the stock model's names.
     """
     shape = shape_of(masks)
     ratio = math.sqrt(masks.layout.shape.hidden / shape.hidden)
-    state: Tensors = {}
-    for i, layer in enumerate(anatomy.layers):
-        begin(i)
-        fold_layer(anatomy, masks, i)
+    if layer is not None:
+        fold_layer(anatomy, masks, layer)
         if ratio != 1:
-            _rescale_layer(anatomy, i, ratio)
-        state |= hold(_cut_layer(anatomy, masks, i, shape.layers[i]))
-        let_go(layer)
-        give_back()
-    begin(None)
-    fold_outside(anatomy, masks)
-    if ratio != 1:
-        _rescale_outside(anatomy, ratio)
-    state |= hold(_cut_outside(anatomy, masks))
-    let_go(anatomy.model)
+            _rescale_layer(anatomy, layer, ratio)
+        state = _cut_layer(anatomy, masks, layer, shape.layers[layer])
+    else:
+        fold_outside(anatomy, masks)
+        if ratio != 1:
+            _rescale_outside(anatomy, ratio)
+        state = _cut_outside(anatomy, masks)
+    let_go(anatomy.model if layer is None else anatomy.layers[layer])
+    give_back()
     return state
 
 

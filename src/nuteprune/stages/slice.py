@@ -15,8 +15,9 @@ from nuteprune.memory import mapped
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Learned
 from nuteprune.model.shape import Shape
+from nuteprune.processes import is_main, share
 from nuteprune.shrink.finalize import merge_layer
-from nuteprune.shrink.slicing import Tensors
+from nuteprune.shrink.slicing import Tensors, cut_part
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,16 @@ def slice_model(
             "load the run's own model again"
         )
     exact = torch.promote_types(dense.dtype, torch.promote_types(stored_dtype, computed_dtype))
-
-    def begin(layer: int | None) -> None:
+    masks, state = masks.to("cpu"), Tensors()
+    for layer in (*range(len(anatomy.layers)), None) if is_main() or not sharded else ():
         for parameter in (dense if layer is None else anatomy.layers[layer]).parameters():
             parameter.data = parameter.data.to(exact)
         if layer is not None:
             merge_layer(anatomy, layer, learned, computed_dtype)
-
-    def hold(part: Tensors) -> Tensors:
-        part = rounded_as_stored(part, stored_dtype)  # judged is what will be written
-        return part if folder is None else mapped(part, folder)
-
-    masks = masks.to("cpu")
-    small, shape = assemble(anatomy, masks, sharded, begin=begin, hold=hold)
-    return Sliced(small, shape, masks)
+        part = rounded_as_stored(cut_part(anatomy, masks, layer), stored_dtype)
+        state |= part if folder is None else mapped(part, folder)
+        del part  # large
+    if sharded:  # in the other processes tensors have room, and no values
+        shared = share(state or None, values=False) or {}
+        state = state or {name: torch.empty_like(x, device="cpu") for name, x in shared.items()}
+    return Sliced(*assemble(anatomy, masks, state), masks)

@@ -120,24 +120,27 @@ class NutePruneTrainer(Distiller):
             raise UserError("max_steps is 0: call finalize() at once, or set max_steps above 0")
         check_text(self.train_dataset)
         self.begin(resumes=bool(resume_from_checkpoint))
+        # Of `AtomicTrainer`, and in it transformers' loop; each batch calls `training_step`.
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def begin(self, resumes: bool = False) -> None:
-        """Get masks and weights, and put the weights into the model; all processes take part.
+        """Put the refitted weights into the model; all processes take part.
+
+        A trainer that was given no masks calls the stages for masks and weights first.
 
         Args:
             resumes: whether to use the products of an earlier run in the folder.
         """
         if self.masks is None:
-            cut = self.stages_before(resumes)
-            scores = cut.score()
-            self.masks = cut.choose(scores, self.target)
-            self.weights = cut.refit(self.masks, self.target)
+            first = self.first_stages(resumes)
+            scores = first.score()
+            self.masks = first.choose(scores, self.target)
+            self.weights = first.refit(self.masks, self.target)
         if self.weights is not None:
             self.prepared.bank.install(self.weights)
             self.weights = None
 
-    def stages_before(self, resumes: bool) -> FirstStages:
+    def first_stages(self, resumes: bool) -> FirstStages:
         """Return the stages before the first step; see `begin`."""
         products = self.products or Products(self.run_folder, self.settings(), resumes)
         return FirstStages(self.prepared, self.args, self.train_dataset, products, self._progress)
@@ -194,7 +197,7 @@ class NutePruneTrainer(Distiller):
             )
 
     def settle(self) -> None:
-        """Choose final masks if training has not; all processes take part."""
+        """Do without steps what `train` does before them; nothing after it. All take part."""
         self.begin()
         if self.args.max_steps == 0 and self.args.should_save:  # else `train` has written it
             write_json(self.run_folder / SETTINGS, self.settings())
