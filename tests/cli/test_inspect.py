@@ -13,7 +13,8 @@ import pytest
 from nuteprune.export.vocabulary import cut_model
 from nuteprune.gates.budget import Budget
 from nuteprune.model.anatomy import Anatomy
-from nuteprune.stages.save import write_pruned
+from nuteprune.stages.save import save
+from nuteprune.stages.slice import Sliced
 from tests.conftest import Run, json_line
 
 
@@ -33,8 +34,7 @@ def prune_and_write(
 ) -> Any:
     """Prune a model at random, write it with its record, and return what was written."""
     anatomy = Anatomy(whole)
-    before = anatomy.shape
-    params = {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before}
+    parameters, budget = {"before": anatomy.parameters()}, Budget.of(anatomy)
     defaults = {
         "shapes": "free",
         "base_model": "tiny",
@@ -43,8 +43,9 @@ def prune_and_write(
     }
     how = defaults | record
     small = prune(whole, gates, how["shapes"])
-    after = Anatomy(small).shape
-    write_pruned(folder, small, None, params, target=0.3, before=before, after=after, **how)
+    sliced = Sliced(small, Anatomy(small).shape)
+    how |= {"parameters": parameters, "stored_dtype": small.dtype}
+    save(sliced, folder, None, budget=budget, target=0.3, **how)
     return small
 
 

@@ -251,7 +251,7 @@ def test_a_vocabulary_is_cut_once(
     asked = [*how, "--out", out, "--vocab", KEEP]
     expected = json_of(run, *how, "--out", whole, "--vocab", KEEP)
     with monkeypatch.context() as patch:  # half written
-        patch.setattr("nuteprune.export.record._write_texts", stop)
+        patch.setattr("nuteprune.stages.save.write_texts", stop)
         assert run(*asked)[0] == 130
     assert "nothing to resume" in run(*asked, "--resume")[2]
     assert "pass --overwrite to replace it\n" in run(*asked)[2]

@@ -28,7 +28,8 @@ from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
 from nuteprune.model.lookup import knowing
 from nuteprune.model.shape import LayerShape, Shape
-from nuteprune.stages.save import write_pruned
+from nuteprune.stages.save import save as stage_save
+from nuteprune.stages.slice import Sliced
 from tests.families import MORE, QUICK, each, each_family
 
 from .conftest import logits, tensors, whole_shape
@@ -406,9 +407,9 @@ def test_code_that_came_with_a_stock_model_is_not_asked_for(
     model = tiny_model("llama")
     model.config.auto_map = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     anatomy, folder = Anatomy(model), tmp_path / "out"
-    params = {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before}
-    shapes = {"before": anatomy.shape, "after": anatomy.shape}
-    write_pruned(folder, model, None, params, target=0.0, **shapes)
+    how: dict[str, Any] = {"parameters": {"before": anatomy.parameters()}, "target": 0.0}
+    how |= {"budget": Budget.of(anatomy), "stored_dtype": model.dtype}
+    stage_save(Sliced(model, anatomy.shape), folder, None, **how)
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     assert "remote" not in (folder / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

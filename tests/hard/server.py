@@ -56,7 +56,7 @@ PHASES = {
     "nuteprune.shrink.slicing:cut_part": "slicing",
     "nuteprune.export.loading:build": "building",
     "nuteprune.export.checkpoint:save": "exporting",
-    "nuteprune.stages.save:write_pruned": "writing the record",
+    "nuteprune.stages.save:save": "writing the record",
     "nuteprune.judge.report:write_report": "reporting",
     "nuteprune.export.gguf.write:write_gguf": "writing GGUF",
     "nuteprune.jobs.folder:clear": "clearing",

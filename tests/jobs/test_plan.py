@@ -492,7 +492,7 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert plan["main_memory_bytes"] == plan["weights_bytes"]
     work = {x["phase"]: x["flops"] / 1e9 for x in plan["phases"]}
     assert plan["seconds"] == pytest.approx(sum(work.values()))
-    halved = sum(work[x] for x in ("score", "refit", "teach")) / 2
+    halved = sum(work[x] for x in ("write", "judge", "score", "refit", "teach")) / 2
     assert plan["seconds_on_devices"] == pytest.approx(plan["seconds"] - halved)
     sharded = next(x for x in plan["settings"] if "sharded" in x["settings"])
     assert sharded["how"] == "formula"

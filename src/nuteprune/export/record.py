@@ -48,7 +48,7 @@ def write_again(
         model: the model, in the dtype that it is to be stored in.
         tokenizer: its tokenizer.
         record: the record it had, with what has changed.
-        around: as in `stages.save.write_pruned`.
+        around: as in `stages.save.save`.
 
     Returns:
         The record as it was written; sizes are those of the written files.

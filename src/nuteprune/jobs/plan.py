@@ -22,7 +22,7 @@ from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases
 from nuteprune.jobs.prune_run import share_to_write, trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config, use_family
 from nuteprune.model.lookup import family_named, wrapper_of
-from nuteprune.plan.phases import FORMULA, ON_CPUS, SHARED_OUT, SIMULATED, Phase, Plan
+from nuteprune.plan.phases import FORMULA, NOT_SHARED, ON_CPUS, SIMULATED, Phase, Plan
 
 SPARE = 0.95
 """Share of a device's memory that a run may take; allocators and libraries have the rest."""
@@ -106,6 +106,7 @@ def _taken(job: PruneJob, asked: Devices, planned: Plan, phases: Sequence[Phase]
     rate = Rate(asked.rate, asked.rate) if asked.rate else Rate.measured(dtype, pick_device("auto"))
     rate = replace(rate, read=asked.reading or rate.read)
     entries = [entry(phase, rate, phase.need.peak) for phase in phases]
+    each = [1 if x["phase"] in NOT_SHARED else asked.devices for x in entries]
     return {
         "model": job.model,
         "parameters": sizes.weights // dtype.itemsize,
@@ -118,19 +119,12 @@ def _taken(job: PruneJob, asked: Devices, planned: Plan, phases: Sequence[Phase]
         "main_memory_bytes": sizes.weights * planned.written.itemsize // dtype.itemsize,
         "disk_bytes": planned.disk(),
         "seconds": sum(x["seconds"] for x in entries),
-        "seconds_on_devices": sum(_shared_and_whole(entries, asked.devices)),
+        "seconds_on_devices": sum(x["seconds"] / n for x, n in zip(entries, each, strict=True)),
         "flops_per_second": rate.plain,
         "fine_flops_per_second": rate.fine,
         **({"bytes_per_second": rate.read} if rate.read else {}),
         "rate": "named" if asked.rate else "measured here",
     }
-
-
-def _shared_and_whole(entries: Sequence[Mapping[str, Any]], devices: int) -> tuple[float, float]:
-    """Return the seconds of phases that devices share out, of each, and of those that one has."""
-    shared = [x["seconds"] for x in entries if x["phase"] in SHARED_OUT]
-    whole = [x["seconds"] for x in entries if x["phase"] not in SHARED_OUT]
-    return sum(shared) / devices, sum(whole)
 
 
 def _choices(planned: Plan, phases: Sequence[Phase], devices: int, memory: float) -> dict[str, Any]:
@@ -265,13 +259,8 @@ def _print(result: Mapping[str, Any], planned: Plan, output: Output) -> None:
 
 
 def _print_shares(result: Mapping[str, Any], output: Output) -> None:
-    """Print how long several devices take for the same batches, and what one does for all."""
-    names = [x["phase"] for x in result["phases"] if x["seconds"] >= 1]
-    shared, whole = _shared_and_whole(result["phases"], result["devices"])
-    together = ", ".join(x for x in names if x in SHARED_OUT)
-    alone = ", ".join(x for x in names if x not in SHARED_OUT)
+    """Print how long several devices take for the same batches, and what they do not share out."""
     output.line(
-        f"Devices {duration(shared + whole)} with the weights whole on each of "
-        f"{result['devices']}; {duration(shared)} for what they share out ({together})"
-        + (f", {duration(whole)} for what one does ({alone})" if alone else "")
+        f"Devices {duration(result['seconds_on_devices'])} with the weights whole on each of "
+        f"{result['devices']}: all work is shared out but {' and '.join(NOT_SHARED)}"
     )

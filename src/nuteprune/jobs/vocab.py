@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.console import Output, megabytes, millions, quiet_loading
 from nuteprune.errors import UserError
-from nuteprune.export.checkpoint import as_stored
 from nuteprune.export.vocabulary import merges_of, template_tokens
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.fewer_tokens import Cutter, Smaller, VocabText, costs, read_text
@@ -28,7 +27,8 @@ from nuteprune.run_folder import VOCAB
 from nuteprune.shrink.token_ids import tokens_in, unknown_ids
 from nuteprune.shrink.token_use import expected_use, use_of
 from nuteprune.shrink.vocabulary import Merges, choose
-from nuteprune.stages.save import write_pruned
+from nuteprune.stages.save import save
+from nuteprune.stages.slice import Sliced
 from nuteprune.stages.write import OWN_SHARE
 
 
@@ -120,18 +120,17 @@ def cut(job: Job, keep: int | str, folder: Path, output: Output) -> dict[str, An
     shape = anatomy.shape
     if job.overwrite and not job.resume:
         clear(job.out)
-    return write_pruned(
+    return save(
+        Sliced(small.model, shape),  # all layers stay whole
         folder,
-        as_stored(small.model, stored_dtype(anatomy.model)),
         small.tokenizer,
-        {"before": anatomy.parameters(), "blocks_before": Budget.of(anatomy).before},
+        budget=Budget.of(anatomy),
+        parameters={"before": anatomy.parameters()},
+        stored_dtype=stored_dtype(anatomy.model),
         target=0.0,
         asked={"kind": "vocab", "value": kept},
-        before=shape,
-        after=shape,  # all layers stay whole
         shapes="uniform" if shape.uniform else "free",
         teachers={"count": 0, "sparsities": []},
-        perplexity={"before": {}, "after": {}},
         bad_steps=0,
         seed=0,
         **origin(job.model),

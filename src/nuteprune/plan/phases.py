@@ -41,8 +41,8 @@ from nuteprune.train.targets import Prices, run_targets
 SIMULATED, FORMULA = "simulated", "formula"
 MOMENTS = 2
 """Memory that Adam keeps for a trained parameter, as a multiple of it."""
-SHARED_OUT = ("score", "refit", "teach")
-"""Phases whose products several processes share out; the others are the main process's."""
+NOT_SHARED = ("slice", "save")
+"""Phases that one process does whole, or each for itself; products of the others are shared out."""
 FEW_BLOCKS = (6, 9)
 """Blocks that are scored in place of many: in more than one batch, with and without gradients."""
 ON_CPUS = ("cut",)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.export import checkpoint
 from nuteprune.export.card import inherited_licence
@@ -19,7 +19,6 @@ from nuteprune.export.record import SCHEMA, blocks_recount, weights_size, write_
 from nuteprune.gates.budget import Budget, share_gone
 from nuteprune.memory import peak
 from nuteprune.model.lookup import brought_along, of_language_model
-from nuteprune.model.shape import Shape
 from nuteprune.stages.slice import Sliced
 
 if TYPE_CHECKING:
@@ -34,20 +33,25 @@ def save(
     budget: Budget,
     parameters: Mapping[str, int],
     stored_dtype: torch.dtype,
+    target: float,
     around: Around | None = None,
-    **record: Any,
+    **rest: Any,
 ) -> dict[str, Any]:
-    """Write a smaller model; its counts are those of the written files.
+    """Write a smaller model with its record and its card; counts come from what was written.
 
     Args:
         sliced: the model, which takes the dtype that it is stored in.
         folder: absent, empty, or with nothing but `run/` in it.
         tokenizer: the model's.
         budget: what the dense model's parameters were counted by.
-        parameters: `before`, those of the dense model, and what a token goes through.
+        parameters: `before`, all of the dense model, tied ones once; of a mixture also
+            `active_before`, `active_after`: what a token goes through.
         stored_dtype: dtype of the file.
+        target: sparsity asked for.
         around: the other parts of the source checkpoint; None: there are none.
-        **record: further keys of the record.
+        **rest: further keys of the record: `base_model`, shapes, seconds, seed, config and so on.
+            `license` is read from the base model's card where it is not given; None where that is
+            unknown.
 
     Returns:
         The record as it was written.
@@ -55,53 +59,10 @@ def save(
     Raises:
         UserError: if the folder holds other files.
     """
-    record.setdefault("perplexity", {"before": {}, "after": {}})
-    return write_pruned(
-        folder,
-        checkpoint.as_stored(sliced.model, stored_dtype),
-        tokenizer,
-        around=around,
-        params={"blocks_before": budget.before, **parameters},
-        before=budget.shape,
-        after=sliced.shape,
-        **record,
-    )
-
-
-def write_pruned(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    params: Mapping[str, int],
-    around: Around | None = None,
-    *,
-    target: float,
-    before: Shape,
-    after: Shape,
-    **rest: Any,
-) -> dict[str, Any]:
-    """Write a pruned checkpoint with its record and its card; counts come from what was written.
-
-    Args:
-        folder: where to; see `checkpoint.save`.
-        model: the pruned model, in the dtype that it is to be stored in.
-        tokenizer: its tokenizer, if it has one.
-        params: `before` (all, tied once) and `blocks_before`, counted on the dense model; of a
-            mixture also `active_before`, `active_after`: what a token goes through.
-        around: the other parts of the model's checkpoint, written with it; None: none.
-        target: sparsity asked for.
-        before: dimensions of the dense model.
-        after: dimensions of the pruned one.
-        **rest: further keys of the record: `base_model`, shapes, seconds, seed, config and so on.
-            `license` is read from the base model's card where it is not given; None where that is
-            unknown.
-
-    Returns:
-        The record as it was written.
-    """
+    model, before = checkpoint.as_stored(sliced.model, stored_dtype), budget.shape
     checkpoint.save(model, folder, tokenizer, around)
     counted = checkpoint.recount(folder)
-    params = {**params, "after": counted["total"]}
+    params = {"blocks_before": budget.before, **parameters, "after": counted["total"]}
     params["blocks_after"] = blocks_recount(counted["tensors"], model.config.model_type)
     if around is not None:
         own = of_language_model(counted["tensors"])
@@ -113,7 +74,7 @@ def write_pruned(
         from nuteprune.model.family_file import to_dict
 
         rest[FAMILY] = to_dict(family)
-    rest.setdefault("peak_memory_bytes", peak())
+    rest = {"peak_memory_bytes": peak(), "perplexity": {"before": {}, "after": {}}, **rest}
     full = {
         "schema": SCHEMA,
         "target": target,
@@ -122,9 +83,9 @@ def write_pruned(
         "params": params,
         "layers": [
             {**layer.to_dict(), "attention": layer.mixes, "mlp": layer.mlp}
-            for layer in after.layers
+            for layer in sliced.shape.layers
         ],
-        "hidden": {"before": before.hidden, "after": after.hidden},
+        "hidden": {"before": before.hidden, "after": sliced.shape.hidden},
         "layers_before": before.to_dict()["layers"],
         **rest,
         "bytes_on_disk": weights_size(folder),

@@ -27,12 +27,10 @@ class Sliced:
     Args:
         model: its weights rounded as they will be stored.
         shape: its dimensions.
-        masks: the units kept of the dense model, on the CPU.
     """
 
     model: PreTrainedModel
     shape: Shape
-    masks: Masks
 
 
 def slice_model(
@@ -78,4 +76,4 @@ def slice_model(
     if sharded:  # in the other processes tensors have room, and no values
         shared = share(state or None, values=False) or {}
         state = state or {name: torch.empty_like(x, device="cpu") for name, x in shared.items()}
-    return Sliced(*assemble(anatomy, masks, state), masks)
+    return Sliced(*assemble(anatomy, masks, state))
