@@ -9,15 +9,14 @@
     judge    the smaller model beside the dense one, which was judged before it was scored
     save     checkpoint, record, card
 
-`Run` gives each stage the run's settings and keeps what it returns in the run's folder, so that a
-run that was killed goes on with the first stage whose product is not there.
+`Run` gives each stage the run's settings. What the stages up to teach return stays in the run's
+folder, so that a run that was killed goes on with the first whose product is not there.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from nuteprune.processes import is_main
 from nuteprune.run import Record, Run
 from nuteprune.train.trainer import NutePruneTrainer
 
@@ -35,15 +34,14 @@ def pipeline(run: Run) -> dict[Path, Record]:
     """
     run.write()
     dense = run.judge_dense()
-    first = run.first_stages()
-    scores = first.score()
-    records = {}
+    stages = run.first_stages()
+    scores = stages.score()
+    records: dict[Path, Record] = {}
     for target in run.each_target():
-        masks = first.choose(scores, target)
-        weights = first.refit(masks, target)
+        masks = stages.choose(scores, target)
+        weights = stages.refit(masks, target)
         trainer = run.teach(target, masks, weights)
         sliced = run.slice(trainer, target)
         judged = run.judge(sliced, dense)
-        if is_main():
-            folder, records[folder] = run.save(trainer, judged)
+        records |= run.save(trainer, judged)
     return records

@@ -20,7 +20,7 @@ from nuteprune.judge.perplexity import protocol
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import Weights
 from nuteprune.model.weights import bring_home, shard_base
-from nuteprune.processes import main_ones
+from nuteprune.processes import is_main, main_ones
 from nuteprune.products import Products
 from nuteprune.run_folder import SAMPLES, SELF_WRITTEN
 from nuteprune.stages.judge import Figures, entries, judge, judge_beside
@@ -52,7 +52,7 @@ class Run:
         progress: called with the progress of each stage.
         first: the trainer of the first target.
         trainer_of: makes the trainer of a target.
-        reload: loads the dense model anew, whole; in the run's dtype, or as it is stored (None).
+        reload: loads the dense model anew, whole, in a dtype; None: as it is stored.
         run_folder_of: where a target's products and checkpoints of training go; its checkpoint goes
             above.
         resumes: whether the run goes on with what is in its folder.
@@ -137,7 +137,9 @@ class Run:
     def teach(
         self, target: Target, masks: Masks | None = None, weights: Weights | None = None
     ) -> NutePruneTrainer:
-        """Distil the model that is cut; without masks and weights the trainer finds them.
+        """Distil the model that masks cut, if there are steps, and return its trainer.
+
+        Without masks and weights the trainer finds them.
 
         Args:
             target: the target of this checkpoint.
@@ -175,7 +177,7 @@ class Run:
             What a record says of it, and `samples` of answers where there are some.
         """
         computed = self.model.origin.computed_dtype
-        if self._dense is None:  # only now: the run's own was in memory till the last cut
+        if self._dense is None:  # only now: a run with one target has used its own up
             self._dense = self._placed(self.reload(computed))
         if dense is None:
             dense = self._judge_dense(self._dense)
@@ -209,14 +211,16 @@ class Run:
         place = str(self.args.device) if self.model.has_whole_weights else "cpu"
         return cast(PreTrainedModel, model.to(place))  # type: ignore[arg-type]
 
-    def save(self, trainer: NutePruneTrainer, judged: Record) -> tuple[Path, Record]:
-        """Write a checkpoint with its record; returns its folder, and the record."""
+    def save(self, trainer: NutePruneTrainer, judged: Record) -> dict[Path, Record]:
+        """Write a checkpoint with its record; returns folder -> record, of the main process."""
+        if not is_main():
+            return {}
         figures = dict(judged)
         write_json(trainer.run_folder / SAMPLES, figures.pop("samples", []))
         folder = self.run_folder_of(trainer.target).parent
         costs = {"stages": self.products.costs, "peak_memory_bytes": self.products.peak}
         record = {**figures, **self.about(), **costs}
-        return folder, trainer.save_pruned(folder, around=self.around, **record)
+        return {folder: trainer.save_pruned(folder, around=self.around, **record)}
 
 
 def in_percent(progress: Progress) -> Callable[[int, int], None]:

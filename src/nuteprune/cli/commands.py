@@ -1,4 +1,4 @@
-"""The commands: each turns its options into what a job is asked to do, and prints its result.
+"""The commands: each turns its options into what a job is asked to do, and returns that job.
 
 What computes is loaded when the options are known to be right: help and refusals do without.
 """

@@ -103,20 +103,24 @@ def make_run(job: PruneJob, config: NutePruneConfig, bars: Bars) -> Run:
         of_all = replace(prepared.origin, **facts, entries=sources.origin(job.model))
         prepared = replace(prepared, origin=of_all)
     check_wrapper(job, prepared, whole)
-    shared = Path(str(config.output_dir))
+    run_folder = Path(str(config.output_dir))
 
     def run_folder_of(target: Target) -> Path:
-        return shared if len(prepared.targets) == 1 else shared.parent / target.asked.folder / RUN
+        return (
+            run_folder
+            if len(prepared.targets) == 1
+            else run_folder.parent / target.asked.folder / RUN
+        )
 
     what = what_it_is(job) | _hashes(job, config)
     settings = run_settings(config, what)
     depend: dict[str, Any] = {x: settings[x] for x in ("model", "dtype", "nuteprune")}
     depend |= {} if job.vocab is None else {"vocab": settings["vocab"]}
-    products = Products(None if job.dry_run else shared, depend, job.resume)
+    products = Products(None if job.dry_run else run_folder, depend, job.resume)
 
     def trainer_of(target: Target) -> NutePruneTrainer:
         own = copy.copy(config)
-        kind = import_module(config.PIPELINE).TRAINER
+        kind = import_module(config.PIPELINE).TRAINER  # `NutePruneTrainer`, or that of a ramp
         with settings_of_user():
             trainer: NutePruneTrainer = kind(
                 prepared,

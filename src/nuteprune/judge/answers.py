@@ -120,12 +120,8 @@ def answer_both(
         return torch.tensor(found, dtype=torch.float64).view(-1, 4)
 
     figures = team.by_rows(len(rows), compared).tolist()
-    return [
-        Pair(text, own, other, kl, int(agreed), (nats, strange))
-        for text, own, other, (kl, agreed, nats, strange) in zip(
-            prompts.texts, *both, figures, strict=True
-        )
-    ]
+    told: Any = zip(prompts.texts, *both, figures, strict=True)
+    return [Pair(text, own, other, x[0], int(x[1]), (x[2], x[3])) for text, own, other, x in told]
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -21,7 +21,7 @@ from nuteprune.distill.coforward import Role
 from nuteprune.errors import UserError
 from nuteprune.gates.masks import Masks
 from nuteprune.model.trainable import leave_out
-from nuteprune.processes import agree, is_main
+from nuteprune.processes import agree
 from nuteprune.progressive.config import GATE_TYPES, ProgressiveConfig
 from nuteprune.progressive.teachers import Teachers
 from nuteprune.run import Record, Run
@@ -252,11 +252,10 @@ def pipeline(run: Run) -> dict[Path, Record]:
     """
     run.write()
     dense = run.judge_dense()
-    records = {}
+    records: dict[Path, Record] = {}
     for target in run.each_target():
         trainer = run.teach(target)
         sliced = run.slice(trainer, target)
         judged = run.judge(sliced, dense)
-        if is_main():
-            folder, records[folder] = run.save(trainer, judged)
+        records |= run.save(trainer, judged)
     return records

@@ -1,7 +1,7 @@
 """The recipe, a module for each stage: write, score, choose, refit, slice, judge, save.
 
 Score, choose and refit work on a dense model that can be cut, `Prunable`, and leave it as they
-found it; slice uses it up. The stage between, teach, is `train.trainer`.
+found it. Slice uses a dense model up. The stage between, teach, is `train.trainer`.
 """
 
 from __future__ import annotations

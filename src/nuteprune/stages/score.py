@@ -57,7 +57,7 @@ def score(
         gradients: on how many of the blocks, the first ones, gradients are taken; None:
             `with_gradients`.
         batch_size: blocks that go through a layer together in the refit.
-        seed: draws the random scores, and tokens that repeat.
+        seed: draws random scores, tokens from the model, and tokens that repeat.
         progress: told of scoring and refit.
 
     Returns:

@@ -62,7 +62,7 @@ def write(
     main one keeps the file.
 
     Args:
-        model: the model, before anything is changed in it.
+        model: the dense model; LoRA on it is disabled.
         tokenizer: its tokenizer.
         tokens: how many to write at least.
         length: tokens per block of training; a chat fills one block at most.

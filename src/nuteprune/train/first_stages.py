@@ -29,12 +29,12 @@ LOOKED_AT = 32
 
 
 class FirstStages:
-    """Chooses the units to remove, and refits the other weights.
+    """Scores units, chooses those to remove, and refits the other weights.
 
     Args:
         model: the dense model.
         args: the run's settings.
-        text: the training text, whose ends are the calibration text.
+        text: the training text, whose end is the calibration text.
         products: what the stages leave.
         progress: called with the progress of each stage.
         folder_of: where products of a target are; None: with the others.

@@ -285,7 +285,7 @@ class NutePruneTrainer(Distiller):
         if self.sliced is None:
             raise UserError("there is nothing to save yet: call finalize() first")
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        about = self._about(self.sliced) | record
+        about = self._about(self.sliced) | record  # the job's entries win
         return save(self.sliced, Path(folder), tokenizer, **about)
 
     def _about(self, sliced: Sliced) -> dict[str, Any]:
