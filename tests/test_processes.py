@@ -271,6 +271,23 @@ def test_weights_are_shared_out_by_the_trainer(tiny_inputs: Inputs, tmp_path: Pa
     assert load_pruned(tmp_path / "small").config.num_hidden_layers == 3
 
 
+FAMILIES = (
+    *("llama", "qwen3", "gemma2", "phi3", "opt", "gpt_neox"),
+    *("falcon_h1", "lfm2"),
+    *("mixtral", "qwen2_moe"),
+)
+
+
+def test_sharded_runs_of_ten_families_cut_what_the_student_was(
+    tiny_model: Callable, tmp_path: Path
+) -> None:
+    for name in FAMILIES:
+        tiny_model(name).save_pretrained(tmp_path / name)
+    script = Path(__file__).parent / "train" / "sharded_families.py"
+    lines = said(python(script, tmp_path, *FAMILIES, processes=2)).splitlines()
+    assert [x.split()[1] for x in lines if x.startswith("exact")] == list(FAMILIES)
+
+
 def test_torchrun_starts_two_that_score_and_freeze_together_where_nothing_is_trained(
     tiny_inputs: Inputs, tmp_path: Path
 ) -> None:
