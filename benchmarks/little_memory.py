@@ -1,11 +1,15 @@
 """A run in less memory than its model's weights take: a memory cgroup of Linux is the judge.
 
     python benchmarks/little_memory.py --size 3b --json benchmarks/results/little-memory.json
+    python benchmarks/little_memory.py --size 1b --processes 4 --limit 2.2e9
 
 A LLaMA of random weights is scored, refitted, trained for two steps, cut and written, twice: free,
 where the peak of each phase's anonymous memory is measured, and within a limit, where nobody looks.
 What is written has to be the same, byte for byte. The limit is of all memory: the process, its
 libraries, and what it has read of files, which the system may drop and read again. It needs root.
+
+With `--processes` the weights are sharded over several (gloo, one thread each), and the limit is
+that of each.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,19 +113,20 @@ class Cgroup:
 
     Args:
         limit: bytes, swap included.
+        number: which of this process's it is.
 
     Raises:
         OSError: where none can be made.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, number: int = 0) -> None:
         root, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.swap.max")
         self._peak, second = "memory.peak", "0"
         if not (root / "cgroup.controllers").exists():
             root = root / "memory"
             files = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
             self._peak, second = "memory.max_usage_in_bytes", str(int(limit))
-        self.folder = root / f"nuteprune-{os.getpid()}"
+        self.folder = root / f"nuteprune-{os.getpid()}-{number}"
         self.folder.mkdir()
         for file, value in zip(files, (str(int(limit)), second), strict=True):
             if (self.folder / file).exists():
@@ -138,13 +144,13 @@ class Cgroup:
 
 
 @contextmanager
-def limited(limit: float) -> Iterator[Cgroup]:
+def limited(limit: float, number: int = 0) -> Iterator[Cgroup]:
     """Make a cgroup that kills a process that takes too much.
 
     Raises:
         OSError: where none can be made, or it does not kill.
     """
-    made = Cgroup(limit)
+    made = Cgroup(limit, number)
     try:
         code = subprocess.run([sys.executable, "-c", TOO_MUCH], preexec_fn=made.enter).returncode
         if code != -signal.SIGKILL:
@@ -180,9 +186,9 @@ class Done:
     """A run.
 
     Args:
-        code: with which it ended.
+        code: with which it ended; of several processes the first that is not 0.
         seconds: that it took.
-        peaks: phase -> bytes, where somebody looked.
+        peaks: phase -> bytes, where somebody looked; of several processes the most.
         sums: file of weights -> SHA-256.
     """
 
@@ -192,36 +198,58 @@ class Done:
     sums: dict[str, str]
 
 
-def done(size: Size, model: Path, out: Path, enter: Callable[[], None] | None) -> Done:
-    """Do a run in a process of its own, watched if it is free."""
-    cell = asdict(Cell("little", str(model), "bfloat16", size.length, SETTINGS))
-    words = [sys.executable, __file__, "--one", json.dumps([cell, str(out), enter is None])]
+def ranks(count: int) -> list[dict[str, str]]:
+    """Return what torchrun tells each of its processes; nothing where there is one."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+
+
+def done(size: Size, model: Path, out: Path, enters: Sequence[Callable[[], None] | None]) -> Done:
+    """Do a run in a process of its own, or in several; watched if it is free."""
+    shared = {"sharded": True, "calibration_blocks": len(enters)} if len(enters) > 1 else {}
+    cell = asdict(Cell("little", str(model), "bfloat16", size.length, SETTINGS | shared))
+    words = [sys.executable, __file__, "--one", json.dumps([cell, str(out), enters[0] is None])]
     begun = time.monotonic()
-    ended = subprocess.run(words, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+    started = [
+        subprocess.Popen(
+            words, stdout=subprocess.PIPE, text=True, preexec_fn=enter, env={**os.environ, **rank}
+        )
+        for enter, rank in zip(enters, ranks(len(enters)), strict=True)
+    ]
+    told = [process.communicate()[0] for process in started]
     seconds = time.monotonic() - begun
+    code = next((x.returncode for x in started if x.returncode), 0)
     files = sorted((out / "small").glob("*.safetensors"))
     sums = {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in files}
-    peaks = json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else {}
-    return Done(ended.returncode, seconds, peaks, sums)
+    found = [json.loads(text.splitlines()[-1]) for text in told] if code == 0 else [{}]
+    peaks = {phase: max(x[phase] for x in found) for phase in found[0]}
+    return Done(code, seconds, peaks, sums)
 
 
-def compared(size: Size, limit: float, scratch: Path) -> dict[str, Any]:
+def compared(size: Size, limit: float, scratch: Path, processes: int = 1) -> dict[str, Any]:
     """Do a run without and with a limit, print how they went, and return it."""
     weights = write_model(size, scratch / "model")
     print(f"weights {weights / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB", flush=True)
-    free = done(size, scratch / "model", scratch / "free", None)
+    free = done(size, scratch / "model", scratch / "free", [None] * processes)
     for phase, peak in free.peaks.items():
         print(f"{phase:28}{peak / 1e6:8.0f} MB", flush=True)
     evict(scratch / "model")
-    with limited(limit) as cgroup:
-        bound = done(size, scratch / "model", scratch / "bound", cgroup.enter)
-        most = cgroup.peak
+    with ExitStack() as stack:
+        cgroups = [stack.enter_context(limited(limit, i)) for i in range(processes)]
+        bound = done(size, scratch / "model", scratch / "bound", [x.enter for x in cgroups])
+        most = max(x.peak for x in cgroups)
     same = free.sums == bound.sums and bool(free.sums)
     print(f"free {free.seconds:.0f} s; limited {bound.seconds:.0f} s, exit code {bound.code}")
     print(f"most in the cgroup {most / 1e9:.2f} GB; the same bytes: {same}")
     return {
         **asdict(size),
         "settings": SETTINGS,
+        "processes": processes,
         "limit": limit,
         "weights": weights,
         "phases": free.peaks,
@@ -238,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=sorted(SIZES), default="3b")
     parser.add_argument("--limit", type=float, help="bytes, in place of the size's own")
+    parser.add_argument("--processes", type=int, default=1, help="that share the weights out")
     parser.add_argument("--folder", help="where there is room for the model and two results")
     parser.add_argument("--json", metavar="FILE", help="where to write all figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -249,11 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     size = SIZES[args.size]
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        result = compared(size, args.limit or size.limit, Path(scratch))
+        result = compared(size, args.limit or size.limit, Path(scratch), args.processes)
     if args.json:  # which keeps what it has of other sizes
         file = Path(args.json)
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        file.write_text(json.dumps({**earlier, args.size: result}) + "\n", encoding="utf-8")
+        name = args.size if args.processes == 1 else f"{args.size}, {args.processes} processes"
+        file.write_text(json.dumps({**earlier, name: result}) + "\n", encoding="utf-8")
     return result
 
 

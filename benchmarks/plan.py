@@ -220,7 +220,8 @@ def measured(cell: Cell, model: str, out: str, watching: type[Watch]) -> dict[st
     with watch.phase("teach"):
         trainer.train()
     with watch.phase("slice"):
-        trainer.finalize()
+        again = load_model(model, getattr(torch, cell.dtype)) if args.sharded else None
+        trainer.finalize(again)
     with watch.phase("save"):
         trainer.save_pruned(Path(out) / "small")
     return watch.peaks
