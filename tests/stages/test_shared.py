@@ -62,6 +62,7 @@ def test_four_processes_do_a_quarter_each_of_every_stage(
     assert all(share <= 0.3 for share in shares.values()), shares
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize(
     ("name", "methods"),
     [
@@ -70,8 +71,9 @@ def test_four_processes_do_a_quarter_each_of_every_stage(
     ],
 )
 def test_processes_without_a_batch_of_their_own_add_nothing(
-    name: str, methods: tuple[str, ...], tiny_model: Callable, tmp_path: Path
+    name: str, methods: tuple[str, ...], sharded: bool, tiny_model: Callable, tmp_path: Path
 ) -> None:
     tiny_model(name).save_pretrained(tmp_path)
-    one, three = (stages(tmp_path, count, 6, *methods) for count in (1, 3))
+    one = stages(tmp_path, 1, 6, *methods)
+    three = stages(tmp_path, 3, 6, *methods, sharded=sharded)
     assert_same(one, three)

@@ -131,17 +131,19 @@ class Layerwise:
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._blocks: list[_Block] = []  # all of them modules
         give_back()
-        device = anatomy.model.device
-        for batch_BT in team.mine(batches):
+        device, own = anatomy.model.device, team.mine(batches)
+        for size, batch_BT in {len(x): x for x in batches}.items():
+            self._kwargs[size] = self._calls(batch_BT.to(device))
+        idle = len(own) * team.size < len(batches) and is_sharded(anatomy.layers[0])
+        for batch_BT in [*own, *batches[: int(idle)]]:  # each process needs as many passes
             ids_BT = batch_BT.to(device)
-            if len(ids_BT) not in self._kwargs:
-                self._kwargs[len(ids_BT)] = self._calls(ids_BT)
             enters = anatomy.layers[0].register_forward_pre_hook(self._enter)
             with enters, self._first_layer_alone():
                 kept = no_logits(ids_BT)
                 self._until_stopped(
                     anatomy.model, input_ids=ids_BT, use_cache=False, logits_to_keep=kept
                 )
+        del self._batches_BTD[len(own) :]
 
     def _calls(self, ids_BT: Tensor) -> list[dict[str, Any]]:
         """Return the arguments of each layer besides hidden states."""

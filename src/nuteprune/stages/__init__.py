@@ -6,11 +6,9 @@ found it. Slice uses a dense model up. The stage between, teach, is `train.train
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Layout
@@ -62,14 +60,9 @@ class Prunable:
         """The processes that share the work of its stages."""
         return everyone() if has_data(self.anatomy.embedding.weight) else ALONE
 
-    def team_over(self, *parts: Sequence[Tensor]) -> Team:
-        """Return the processes that share batches out; of a sharded model all need as many passes.
-
-        Args:
-            parts: batches (B, T), each dealt out by itself.
-        """
-        even = all(len(x) % self.team.size == 0 and len(set(map(len, x))) < 2 for x in parts)
-        return self.team if even or not self.is_sharded else ALONE
+    def team_over(self, passes: int) -> Team:
+        """Return the processes that share passes out; of a sharded model each needs as many."""
+        return ALONE if self.is_sharded and passes % self.team.size else self.team
 
     @property
     def is_packed(self) -> bool:

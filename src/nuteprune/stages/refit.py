@@ -59,8 +59,7 @@ def refit(
     stacks: InstallStack | None = bank.set_weight if whole else None
     tick = counted(progress, "refit", len(anatomy.layers))
     batches = blocks.split(batch_size)
-    team = model.team_over(batches)
     where = anatomy, model.hooks, masks
     with bank.kept():
-        fit_projections(*where, batches, install, tick, bank.as_dense, stacks, team)
+        fit_projections(*where, batches, install, tick, bank.as_dense, stacks, model.team)
         return bank.weights() if whole else {k: v.clone() for k, v in bank.state().items()}

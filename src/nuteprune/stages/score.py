@@ -115,7 +115,7 @@ def _score_once(
         return choose(model, scores, target).to("cpu").values
 
     aim = cut_by if target else None
-    team = model.team_over(batches, plain)
+    team = model.team_over(len(batches))
     probe = Probe(anatomy, model.hooks, budget, kinds, batches, plain, seed, tick, aim, team)
     trained = [p for p in anatomy.model.parameters() if p.requires_grad]
     anatomy.model.requires_grad_(False)  # gradients of activations alone are taken
