@@ -93,7 +93,7 @@ def test_so_it_is_for_the_demo_model(
 ) -> None:
     # What is said of quality is not looked at here, and takes most of the time.
     monkeypatch.setattr(context, "SEQUENCES", 1)
-    monkeypatch.setattr("nuteprune.run.judge_beside", lambda *_: {})
+    monkeypatch.setattr("nuteprune.run.judge_beside", lambda *_, **__: {})
     out = tmp_path / "out"
     words = ["--memory", "300MB@2048", "--data", text, "--shares", 1, "--out", out]
     fast = ["--method", "random", "--set", "refit=false", "--dtype", "bfloat16"]
