@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -23,13 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from nuteprune.errors import Interrupted, UserError
 from nuteprune.files import (
-    damage,
     sync,
     sync_tree,
     to_json,
     write_json,
     write_sums,
-    write_text,
     writing,
 )
 from nuteprune.model.forwards import special_tokens_kept
@@ -37,7 +34,14 @@ from nuteprune.processes import several
 from nuteprune.run_folder import METRICS, SELF_WRITTEN, SETTINGS
 from nuteprune.train.config import RunArguments
 from nuteprune.train.declared import check_same, run_settings
-from nuteprune.train.state import RunState, check_places, last_checkpoint, own_checkpoints
+from nuteprune.train.state import (
+    RunState,
+    check_checkpoint,
+    check_places,
+    cut_metrics,
+    last_checkpoint,
+    own_checkpoints,
+)
 
 PARTIAL = ".partial"
 """A checkpoint that is being written or removed, in a run's folder."""
@@ -271,7 +275,8 @@ class AtomicTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.take_state(RunState.load(folder))
-        self.cut_metrics(trainer_state(folder).global_step)
+        if self.args.should_save and self.metrics_file.exists():
+            cut_metrics(self.metrics_file, trainer_state(folder).global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and move it there when it is complete."""
@@ -314,28 +319,6 @@ class AtomicTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoint_dir or super()._get_output_dir(trial))
 
-    def cut_metrics(self, step: int) -> None:
-        """Remove the log after a step, since a resumed run logs those steps again.
-
-        Raises:
-            UserError: if the file is damaged before that step.
-        """
-        if not (self.args.should_save and self.metrics_file.exists()):
-            return
-        kept = []
-        # Nothing but what is between complete lines is looked at: the last may be cut off.
-        for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                logged = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.metrics_file} is damaged: remove its line {number} to resume without it"
-                ) from error
-            if logged > step:
-                break
-            kept.append(line.decode() + "\n")
-        write_text(self.metrics_file, "".join(kept))
-
 
 def trainer_state(checkpoint: Path) -> TrainerState:
     """Return Trainer's state in a checkpoint, even if its folder was renamed.
@@ -348,18 +331,3 @@ def trainer_state(checkpoint: Path) -> TrainerState:
         return cast(TrainerState, TrainerState.load_from_json(str(path)))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot resume from {checkpoint}: {path.name} is damaged") from error
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Refuse a trainer checkpoint that has changed since it was written.
-
-    Raises:
-        UserError: naming what is wrong.
-    """
-    if not folder.is_dir():
-        raise UserError(f"nothing to resume: there is no folder {folder}")
-    if found := damage(folder):
-        raise UserError(
-            f"cannot resume: {found}; remove {folder} to go on from the checkpoint before it, or "
-            "start anew with --overwrite"
-        )

@@ -6,12 +6,13 @@ all.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuteprune.errors import UserError
-from nuteprune.files import read_sums
+from nuteprune.files import damage, read_sums, write_text
 from nuteprune.run_folder import CHECKPOINT, STATE
 
 if TYPE_CHECKING:
@@ -114,3 +115,37 @@ def _is_whole(checkpoint: Path) -> bool:
     except UserError:
         return False
     return bool(names) and all((checkpoint / name).is_file() for name in names)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a trainer checkpoint that has changed since it was written.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    if not folder.is_dir():
+        raise UserError(f"nothing to resume: there is no folder {folder}")
+    if found := damage(folder):
+        raise UserError(
+            f"cannot resume: {found}; remove {folder} to go on from the checkpoint before it, or "
+            "start anew with --overwrite"
+        )
+
+
+def cut_metrics(metrics: Path, step: int) -> None:
+    """Remove the log after a step, since a resumed run logs those steps again.
+
+    Raises:
+        UserError: if the file is damaged before that step.
+    """
+    kept = []
+    # Nothing but what is between complete lines is looked at: the last may be cut off.
+    for number, line in enumerate(metrics.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            logged = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{metrics} is damaged: remove its line {number} to go on") from error
+        if logged > step:
+            break
+        kept.append(line.decode() + "\n")
+    write_text(metrics, "".join(kept))
