@@ -196,6 +196,30 @@ def test_a_sharded_run_is_judged_as_by_one_process_that_holds_half_of_each_model
     assert samples[0] == samples[1]
 
 
+ANSWERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from nuteprune.judge.answers import write
+from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.weights import shard_base
+from nuteprune.processes import everyone
+torch.distributed.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).requires_grad_(False)
+prompts = [[5, 9, 7], [40, 3]]
+first, second = write(model, prompts, (), 12)
+end = next(x for x in first[:6] if x not in second)
+shard_base(Anatomy(model), torch.device("cpu"))
+found = write(model, prompts, [end], 12, everyone())
+assert found == [first[:first.index(end) + 1], second], (found, first, second)
+"""
+
+
+def test_an_answer_that_ends_in_one_process_keeps_no_other_from_going_on(
+    tiny_inputs: Inputs,
+) -> None:
+    said(python("-c", ANSWERS, tiny_inputs[0], processes=2))
+
+
 def judged(record: dict[str, Any]) -> dict[str, Any]:
     """What a record says of the smaller model and the dense one, without protocols."""
 
