@@ -15,6 +15,7 @@ from nuteprune.distill.losses import (
     layer_mse,
     layer_relative,
     token_kl,
+    unlikelihood,
 )
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
@@ -153,6 +154,34 @@ def test_language_model_loss_is_the_models_own(
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
     nothing = torch.full_like(ids, losses.IGNORED)
     assert language_model_loss(seen[1], Head.of(anatomy), nothing) == 0
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_unlikelihood_is_its_formula(softcap: float | None, monkeypatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", (1, 2))
+    head = Head(normal(V, D, seed=0), softcap=softcap)
+    hidden = normal(B, T, D, seed=1).requires_grad_()
+    ids = torch.arange(B * T).view(B, T)
+    repeats = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    z = hidden[:, :-1] @ head.weight.T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    p = torch.softmax(z, -1).gather(-1, ids[:, 1:, None])[..., 0]
+    expected = -torch.log(1 - p)[repeats[:, 1:]].sum() / ids.numel()
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    found = unlikelihood(hidden, head, ids, repeats)
+    (grad,) = torch.autograd.grad(found, hidden)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    assert unlikelihood(hidden, head, ids, torch.zeros_like(repeats)) == 0
+
+
+def test_a_token_that_is_sure_to_repeat_has_a_finite_loss() -> None:
+    head, hidden = Head(100 * torch.eye(D)), torch.eye(D)[None, :2].clone().requires_grad_()
+    found = unlikelihood(hidden, head, torch.zeros(1, 2, dtype=int), torch.ones(1, 2).bool())
+    found.backward()
+    assert found.isfinite()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
 
 
 def test_layer_terms_by_hand() -> None:

@@ -102,7 +102,7 @@ dry-run
 """
 WITHOUT_OPTION = """
 neuron_multiple hidden_multiple for_quantization calibration_blocks text_blocks teacher
-progressive lora_rank refit sharded
+progressive unlikelihood lora_rank refit sharded
 gradient_accumulation_steps learning_rate seed eval_blocks text_only
 """
 

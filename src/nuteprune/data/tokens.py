@@ -202,7 +202,7 @@ def openings(
     # What stood between documents in pretraining, if anything did.
     between = [i for i, x in added.items() if x.content == END_OF_TEXT] or end_of(tokenizer)
     start = bos_of(tokenizer) or between
-    asks, answers = _chat(tokenizer)
+    asks, answers = chat_marks(tokenizer)
     if asks[: len(start)] == start:
         asks = asks[len(start) :]
     if len(asks) + len(answers) > most // 2 or max([*asks, *answers], default=0) >= known:
@@ -221,7 +221,7 @@ def openings(
     )
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def chat_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return what a chat template puts before and after a user's question; empty for none."""
     turns = [{"role": "user", "content": _QUESTION}]
     try:

@@ -25,6 +25,8 @@ CHUNK_TOKENS = (32, 256)
 ROW_ELEMENTS = 2**19
 """Logits in fp32 that are worked on at a time: on a processor its caches hold them, and the C
 library gives their memory again without asking the system for zeroed pages."""
+LEAST = 1e-3
+"""What `unlikelihood` takes the other tokens' probability to be at least."""
 ON_ACCELERATORS = 32
 """As a multiple of `ROW_ELEMENTS`, on other devices."""
 
@@ -202,6 +204,32 @@ def language_model_loss(
     weight_N = torch.ones_like(labels_N, dtype=torch.float32)
     loss: Tensor = _ByChunk.apply(hidden_ND, None, weight_N, head, rows_loss)
     return loss / (max(1, len(labels_N)) if count is None else count)
+
+
+def unlikelihood(hidden_BTD: Tensor, head: Head, ids_BT: Tensor, repeats_BT: Tensor) -> Tensor:
+    """Return -ln(1 - p) of the tokens that repeat, summed and divided by the number of all tokens.
+
+    Source: Welleck et al. 2019 (arXiv 1908.04319).
+
+    Args:
+        hidden_BTD: what the head reads (after the final norm).
+        head: the frozen language head.
+        ids_BT: the tokens.
+        repeats_BT: which of them repeat.
+    """
+    repeats_BS = repeats_BT[:, 1:]
+    hidden_ND, ids_N = hidden_BTD[:, :-1][repeats_BS], ids_BT[:, 1:][repeats_BS]
+
+    def rows_loss(logits_CV: Tensor, _: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
+        p_CV, id_C1 = torch.softmax(logits_CV, dim=-1), ids_N[at].unsqueeze(-1)
+        p_C1 = p_CV.gather(-1, id_C1)
+        rest_C1 = (1 - p_C1).clamp(min=LEAST)
+        slope_CV = p_CV.mul_(-1).scatter_add_(-1, id_C1, torch.ones_like(p_C1))
+        return -rest_C1.log().squeeze(-1), slope_CV.mul_(p_C1 / rest_C1)
+
+    weight_N = torch.ones_like(ids_N, dtype=torch.float32)
+    loss: Tensor = _ByChunk.apply(hidden_ND, None, weight_N, head, rows_loss)
+    return loss / ids_BT.numel()
 
 
 def token_weights(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -136,6 +136,8 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
             x |= {"how": FORMULA}
         if x["phase"] == "write":
             x |= {"seconds": writing, "how": "measured"}
+        if x["phase"] == "teach" and timed and step:  # what is read in it is in a step's time
+            x |= {"seconds": step * timed.steps}
     return {"phases": entries, "seconds": sum(x["seconds"] for x in entries)}
 
 

@@ -36,6 +36,7 @@ from nuteprune.stages.write import OWN_SHARE, tokens_to_write
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.constraints import make_allocator
+from nuteprune.train.own_answers import ANSWERS, EVERY, LAST, TOKENS, WITHOUT_TEACHER
 from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED, FORMULA = "simulated", "formula"
@@ -216,8 +217,7 @@ class Plan:
         short, sizes = min(TEXT_TOKENS, self.length), self.sizes
         texts = math.ceil(blocks * self.length / short)
         together = plain_together(texts, sizes.together, self.length)
-        cached = sizes.cached * short / self.length * together / sizes.together
-        reading = math.ceil(texts / together) * short * (sizes.read + cached / 2)
+        reading = math.ceil(texts / together) * short * self._read(together, short)
         held = self._weights + sizes.adapters + sizes.cached
         work = self._judged.flops / JUDGED * blocks
         return [Phase("write", Need((held,), work), FORMULA, read=reading)]
@@ -281,7 +281,18 @@ class Plan:
         for kind, steps in self._steps.items():
             each = args.gradient_accumulation_steps * steps * len(self.targets)
             need = need.then(self.step(kind).times(each))
-        return [Phase("teach", need, steps=args.max_steps * len(self.targets))][: args.max_steps]
+        steps, read = args.max_steps * len(self.targets), 0.0
+        if args.unlikelihood and args.teacher == "dense" and not args.progressive:
+            positions = steps * LAST / EVERY * TOKENS  # of the student's own answers
+            read = positions * self._read(ANSWERS, TOKENS)
+            written = self._judged.flops / JUDGED / self.length * ANSWERS * positions
+            need = need.times(1 + LAST * WITHOUT_TEACHER).then(Need((0,), written))
+        return [Phase("teach", need, steps=steps, read=read)][: args.max_steps]
+
+    def _read(self, texts: int, length: int) -> float:
+        """Return the bytes that a token of each text reads: weights, half of keys and values."""
+        cached = self.sizes.cached * length / self.length * texts / self.sizes.together
+        return self.sizes.read + cached / 2
 
     def step(self, kind: str = "") -> Need:
         """Return the need of one micro-batch of a step of a kind."""

@@ -9,11 +9,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from nuteprune.train.own_answers import seconds_of_a_step
 from nuteprune.train.trainer import NutePruneTrainer
 
 
 def seconds_per_step(trainer: NutePruneTrainer, passes: int = 2) -> float:
     """Return the seconds of one optimizer step, timed on training text; nothing is learned.
+
+    They include a step's share of the time for the student's own answers.
 
     Args:
         trainer: a run that has not begun.
@@ -31,8 +34,12 @@ def seconds_per_step(trainer: NutePruneTrainer, passes: int = 2) -> float:
         model.zero_grad()
         seconds = min(seconds, time.monotonic() - started)
     model.eval()
+    seconds *= args.gradient_accumulation_steps
+    if trainer.reads_own_answers:
+        with trainer.answering() as student:
+            seconds += seconds_of_a_step(student, seconds)
     trainer.masks = before
-    return seconds * args.gradient_accumulation_steps
+    return seconds
 
 
 def cut_by_chance(trainer: NutePruneTrainer) -> None:

@@ -5,23 +5,25 @@ A step: one pass of the backbone plays student and teacher, and distillation los
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from nuteprune.distill.coforward import DENSE, Role
-from nuteprune.distill.losses import Head, amplified, batch_counts
+from nuteprune.distill.losses import Head, amplified, batch_counts, unlikelihood
 from nuteprune.errors import RunFailed
 from nuteprune.gates.masks import Masks
+from nuteprune.model.lora import lora_in_base_dtype
 from nuteprune.simulated import has_data
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.own_answers import OwnAnswers
 from nuteprune.train.prepare import Prepared
 from nuteprune.train.state import RunState
 
@@ -105,6 +107,7 @@ class Distiller(AtomicTrainer):
         self.bad_steps = BadSteps(args.device)
         self.parts: dict[str, Tensor | float] = {}
         self._step = -1
+        self.answers: OwnAnswers | None = None
         callbacks = [_EndOfStep(self), *(kwargs.pop("callbacks", None) or [])]
         super().__init__(prepared.model, args, callbacks=callbacks, **kwargs)
         self.model_accepts_loss_kwargs = False
@@ -148,11 +151,34 @@ class Distiller(AtomicTrainer):
         if step != self._step:
             self._step = step
             self.begin_step(step)
+            if self.answers is not None and self.answers.due(step):
+                with self.answering() as student:
+                    self.answers.write(student, step, self.prepared.team)
         with self.student(inputs):
             loss = super().training_step(model, inputs, *args)
+            if not before and self.answers is not None and self.answers.read_in(step):
+                self._unlearn(model, self.answers)
         share = 1 / self.current_gradient_accumulation_steps
-        self.parts = {k: before.get(k, 0.0) + share * x for k, x in self.parts.items()}
+        self.parts = before | {k: before.get(k, 0.0) + share * x for k, x in self.parts.items()}
         return loss
+
+    def _unlearn(self, model: nn.Module, answers: OwnAnswers) -> None:
+        """Add the gradients by which repeats in the student's answers get less likely."""
+        ids_BT, repeats_BT = answers.next_blocks(self.args)
+        if not len(ids_BT):  # nothing repeats
+            return
+        passage = self.coforward.run(model, {"input_ids": ids_BT}, teacher=None)
+        assert passage.student_BTD is not None
+        head, weight = Head.of(self.anatomy), self.args.unlikelihood
+        loss = weight * unlikelihood(passage.student_BTD, head, ids_BT, repeats_BT)
+        amplified(loss, self.loss_scale).backward()
+        self.parts["repeats"] = loss.detach()
+
+    @contextmanager
+    def answering(self) -> Iterator[PreTrainedModel]:
+        """Within this context, the model that is yielded writes as the student."""
+        with self.coforward.student(self.masks), lora_in_base_dtype(self.anatomy):
+            yield self.anatomy.model
 
     def begin_step(self, step: int) -> None:
         """Prepare an optimizer step; masks are fixed, so there is nothing to prepare."""
@@ -254,12 +280,17 @@ class Distiller(AtomicTrainer):
 
     def run_state(self) -> RunState:
         """Return the trained weights; masks and refitted weights are products of the run."""
-        return RunState({"lora": self.prepared.bank.lora()}, {"bad_steps": self.bad_steps.read()})
+        tensors = {"lora": self.prepared.bank.lora()}
+        if self.answers is not None:
+            tensors["answers"] = self.answers.tensors()
+        return RunState(tensors, {"bad_steps": self.bad_steps.read()})
 
     def take_state(self, state: RunState) -> None:
         """Go back to a state that `run_state` returned."""
         self.prepared.bank.load_lora(state.lora)
         self.bad_steps.restore(state.notes["bad_steps"])
+        if self.answers is not None:
+            self.answers.restore(state.tensors.get("answers", {}))
         self._step = -1
 
 

@@ -99,6 +99,12 @@ class PruneSettings:
         "nuteprune.progressive.",
         False,
     )
+    unlikelihood: float = setting(
+        "Weight by which what repeats in the student's own answers is made less likely, in the "
+        "last tenth of the steps. 0: it reads none.",
+        0.3,
+        bounds=(0, 1e3),
+    )
     lora_rank: int = setting("Rank of the adapters.", 32, bounds=(1, 1e5))
     refit: bool = setting(
         "Refit output and down projections in closed form once units are chosen.", True

@@ -33,7 +33,8 @@ from nuteprune.stages.slice import Sliced, slice_model
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.declared import chosen_settings
 from nuteprune.train.distiller import Distiller
-from nuteprune.train.first_stages import FirstStages, check_text
+from nuteprune.train.first_stages import FirstStages, calibration_blocks, check_text
+from nuteprune.train.own_answers import PROMPTED, OwnAnswers, own_answers
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.targets import Target
 
@@ -120,6 +121,7 @@ class NutePruneTrainer(Distiller):
             raise UserError("max_steps is 0: call finalize() at once, or set max_steps above 0")
         check_text(self.train_dataset)
         self.begin(resumes=bool(resume_from_checkpoint))
+        self.answers = self._own_answers()
         # Of `AtomicTrainer`, and in it transformers' loop; each batch calls `training_step`.
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -139,6 +141,19 @@ class NutePruneTrainer(Distiller):
         if self.weights is not None:
             self.prepared.bank.install(self.weights)
             self.weights = None
+
+    @property
+    def reads_own_answers(self) -> bool:
+        """Whether the student reads its own answers in the end: those of fixed masks do."""
+        args, known = self.args, isinstance(self.processing_class, PreTrainedTokenizerBase)
+        return known and args.unlikelihood > 0 and args.teacher == "dense" and not args.progressive
+
+    def _own_answers(self) -> OwnAnswers | None:
+        if not self.reads_own_answers:
+            return None
+        args, tokenizer = self.args, cast(PreTrainedTokenizerBase, self.processing_class)
+        blocks_NT = calibration_blocks(self.train_dataset, min(args.blocks, PROMPTED))
+        return own_answers(self.anatomy.model, tokenizer, blocks_NT, self.steps(), args.seed)
 
     def first_stages(self, resumes: bool) -> FirstStages:
         """Return the stages before the first step; see `begin`."""
