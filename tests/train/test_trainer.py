@@ -11,6 +11,7 @@ from nuteprune import NutePruneConfig, RunFailed, UserError, load_pruned
 from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
 from nuteprune.products import read_tensors
+from nuteprune.train import own_answers
 
 from .conftest import LENGTH, make, metrics, trial_step
 
@@ -191,8 +192,12 @@ def test_killed_and_resumed_is_never_interrupted(
 
 
 @pytest.mark.slow
-def test_eight_micro_batches_of_one_equal_one_of_eight(tiny_model, tmp_path: Path) -> None:
-    settings = {"max_steps": 3, "refit": False, "calibration_blocks": 8}
+def test_eight_micro_batches_of_one_equal_one_of_eight(
+    tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(own_answers, "LAST", 0.5)
+    settings = {"max_steps": 3, "refit": False, "calibration_blocks": 8, "unlikelihood": 100.0}
+    settings["given"] = {"processing_class": tiny_tokenizer}
     one = make(tiny_model("llama"), tmp_path / "a", per_device_train_batch_size=8, **settings)
     one.train()
     many = make(
@@ -206,6 +211,10 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tiny_model, tmp_path: Pat
     ours = [line["loss"] for line in metrics(tmp_path / "b")]
     theirs = [line["loss"] for line in metrics(tmp_path / "a")]
     assert ours == pytest.approx(theirs, rel=1e-4)
+    repeats = [[x.get("repeats") for x in metrics(tmp_path / run)] for run in "ab"]
+    assert repeats[0][0] is repeats[1][0] is None
+    assert repeats[0][1:] == pytest.approx(repeats[1][1:], rel=1e-4)
+    assert all(x > 0 for x in repeats[0][1:])
     for kind, value in one.masks.values.items():
         assert torch.equal(value, many.masks.values[kind])
 

@@ -156,10 +156,10 @@ class Distiller(AtomicTrainer):
                     self.answers.write(student, step, self.prepared.team)
         with self.student(inputs):
             loss = super().training_step(model, inputs, *args)
-            if not before and self.answers is not None and self.answers.read_in(step):
+            if self.answers is not None and self.answers.read_in(step):
                 self._unlearn(model, self.answers)
         share = 1 / self.current_gradient_accumulation_steps
-        self.parts = before | {k: before.get(k, 0.0) + share * x for k, x in self.parts.items()}
+        self.parts = {k: before.get(k, 0.0) + share * x for k, x in self.parts.items()}
         return loss
 
     def _unlearn(self, model: nn.Module, answers: OwnAnswers) -> None:
@@ -167,11 +167,13 @@ class Distiller(AtomicTrainer):
         ids_BT, repeats_BT = answers.next_blocks(self.args)
         if not len(ids_BT):  # nothing repeats
             return
-        passage = self.coforward.run(model, {"input_ids": ids_BT}, teacher=None)
-        assert passage.student_BTD is not None
-        head, weight = Head.of(self.anatomy), self.args.unlikelihood
-        loss = weight * unlikelihood(passage.student_BTD, head, ids_BT, repeats_BT)
-        amplified(loss, self.loss_scale).backward()
+        with self.compute_loss_context_manager():
+            passage = self.coforward.run(model, {"input_ids": ids_BT}, teacher=None)
+            assert passage.student_BTD is not None
+            head, weight = Head.of(self.anatomy), self.args.unlikelihood
+            loss = weight * unlikelihood(passage.student_BTD, head, ids_BT, repeats_BT)
+        share = 1 / self.current_gradient_accumulation_steps
+        (share * amplified(loss, self.loss_scale)).backward()
         self.parts["repeats"] = loss.detach()
 
     @contextmanager

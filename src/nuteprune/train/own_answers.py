@@ -24,9 +24,9 @@ from nuteprune.data.tokens import after, bos_of, chat_marks
 from nuteprune.judge.answers import GRAM, ends_of, write
 from nuteprune.processes import Team
 
-LAST = 0.1
+LAST = 0.15
 """Share of the steps, the last ones, that read own answers."""
-EVERY = 4
+EVERY = 6
 """Steps after which the student answers anew."""
 ANSWERS = 24
 """Prompts that it answers each time."""
@@ -119,7 +119,7 @@ class OwnAnswers:
         """
         size, count = args.per_device_train_batch_size, len(self.ids_NT)
         first = (self.read * args.world_size + args.process_index) * size
-        rows = [(first + i) % count for i in range(min(size, count))]
+        rows = [(first + i) % count for i in range(size * bool(count))]
         self.read += 1
         return self.ids_NT[rows].to(args.device), self.repeats_NT[rows].to(args.device)
 
