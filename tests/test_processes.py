@@ -60,9 +60,13 @@ def said(done: Ended) -> str:
     return done.out
 
 
-def losses(out: Path) -> list[float]:
+def metrics(out: Path) -> list[dict[str, float]]:
     lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [json.loads(line) for line in lines]
+
+
+def losses(out: Path) -> list[float]:
+    return [x["loss"] for x in metrics(out)]
 
 
 SOFT = {"progressive": True, "gate_type": "hard_concrete"}
@@ -135,8 +139,8 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
 
 @pytest.mark.parametrize(
     ("name", "steps", "sparsity"),
-    [("gemma2", 0, 0.3), ("llama", 2, 0.5)],
-    ids=["untrained", "2 steps, scored in rounds"],
+    [("gemma2", 0, 0.3), ("llama", 4, 0.5)],
+    ids=["untrained", "4 steps, scored in rounds"],
 )
 def test_a_sharded_run_writes_the_weights_of_one_process(
     name: str,
@@ -149,6 +153,7 @@ def test_a_sharded_run_writes_the_weights_of_one_process(
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
     same = {"max_steps": steps, "save_steps": 2, "adam_epsilon": 1e-2, "shares": 1}
+    same |= {"unlikelihood": 10}  # of what the last step reads
     asked = ["--sparsity", str(sparsity)]
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same), *asked))
     asked += ["--set", "sharded=true"]
@@ -157,6 +162,8 @@ def test_a_sharded_run_writes_the_weights_of_one_process(
     assert all(x["sparsity"] >= sparsity for x in records)
     for name in ("model.safetensors", "run/refit.safetensors"):
         assert_alike(*(load_file(x / name) for x in (two, one)))
+    if steps:
+        assert all(metrics(x)[-1]["repeats"] > 0 for x in (two, one))
 
 
 JUDGES = """
