@@ -152,6 +152,8 @@ def prompts_in(
 ) -> list[list[int]]:
     """Return the questions in blocks, as they are put to a model, or beginnings where few are.
 
+    None is longer than half of a block, so that an answer has room.
+
     Args:
         blocks_NT: token ids, without what comes before each block.
         asks: what comes before a question; empty where there is no chat template.
@@ -160,7 +162,7 @@ def prompts_in(
     """
     if bos and asks[: len(bos)] == bos:
         asks = asks[len(bos) :]
-    found = []
+    found, most = [], blocks_NT.shape[1] // 2
     for row in blocks_NT.tolist() if asks and answers else ():
         start = len(row)
         for i in range(len(row)):
@@ -169,7 +171,8 @@ def prompts_in(
             if i >= start + len(asks) and row[i : i + len(answers)] == answers:
                 found.append(row[start : i + len(answers)])
                 start = len(row)
-    beginnings: list[list[int]] = blocks_NT[:, :BEGINNING].tolist()
+    found = [x for x in found if len(x) <= most]
+    beginnings: list[list[int]] = blocks_NT[:, : min(BEGINNING, most)].tolist()
     return found if len(found) >= ANSWERS else beginnings
 
 
