@@ -376,7 +376,7 @@ def test_few_layers_have_all_kinds_that_many_have(
     values = AutoConfig.for_model(
         model_type, **{**dense, **experts, **narrow, **split, **which, "num_hidden_layers": 8}
     )
-    args = settings(tmp_path, target_sparsity=0.03)
+    args = settings(tmp_path, target_sparsity=0.03, unlikelihood=0)
     run = Plan.of(values, args, 24, torch.bfloat16)
     ours = run.teach()[0].need
     whole = Walk(values, args, 24, torch.bfloat16).teach().times(args.max_steps)
@@ -735,3 +735,14 @@ def test_large_models_are_planned(values: dict[str, Any], billions: float, tmp_p
     assert plan["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan["peak_bytes"] > plan["weights_bytes"]
     assert plan["fits"] is not None
+
+
+def test_own_answers_are_in_the_plan(tmp_path: Path) -> None:
+    """They are written a token at a time, and read without a teacher."""
+    values, half = config(num_hidden_layers=2), torch.bfloat16
+    with_them, without = (
+        Plan.of(values, settings(tmp_path, unlikelihood=x), 24, half).teach()[0] for x in (0.3, 0)
+    )
+    assert with_them.need.peak == without.need.peak
+    assert with_them.need.flops > without.need.flops
+    assert with_them.read > without.read == 0

@@ -283,8 +283,9 @@ class Plan:
             need = need.then(self.step(kind).times(each))
         steps, read = args.max_steps * len(self.targets), 0.0
         if args.unlikelihood and args.teacher == "dense" and not args.progressive:
-            positions = steps * LAST / EVERY * TOKENS  # of the student's own answers
-            read = positions * self._read(ANSWERS, TOKENS)
+            most = min(TOKENS, self.length)
+            positions = steps * LAST / EVERY * most  # of the student's own answers
+            read = positions * self._read(ANSWERS, most)
             written = self._judged.flops / JUDGED / self.length * ANSWERS * positions
             need = need.times(1 + LAST * WITHOUT_TEACHER).then(Need((0,), written))
         return [Phase("teach", need, steps=steps, read=read)][: args.max_steps]
