@@ -282,7 +282,7 @@ class Plan:
             each = args.gradient_accumulation_steps * steps * len(self.targets)
             need = need.then(self.step(kind).times(each))
         steps, read = args.max_steps * len(self.targets), 0.0
-        if args.unlikelihood and args.teacher == "dense" and not args.progressive:
+        if args.reads_own_answers:
             most = min(TOKENS, self.length)
             positions = steps * LAST / EVERY * most  # of the student's own answers
             read = positions * self._read(ANSWERS, most)

@@ -144,6 +144,11 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
             )
 
     @property
+    def reads_own_answers(self) -> bool:
+        """Whether the student reads its own answers late in the run: with fixed masks it does."""
+        return self.unlikelihood > 0 and self.teacher == "dense" and not self.progressive
+
+    @property
     def losses(self) -> Objective:
         """What the student is trained on."""
         return TEXT if self.teacher == "none" else RELATIVE

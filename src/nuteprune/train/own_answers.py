@@ -2,8 +2,8 @@
 
 A pruned model that only read given text predicts well, and still goes round in circles when it
 writes. So in the last steps it answers what the training text asks, greedily, and tokens that
-complete a 4-gram of an answer again are made less likely. A teacher would not help: after a few
-repeats the dense model too would go on repeating.
+complete a 4-gram of an answer again are made less likely. A teacher does not help: once a loop has
+begun, the dense model too goes on.
 Source: unlikelihood training, Welleck et al. 2019 (arXiv 1908.04319).
 
 Shape suffixes: B blocks of a batch, N blocks in all, T tokens of a block.
@@ -39,7 +39,7 @@ PROMPTED = 1000
 BEGINNING = 32
 """Tokens of a text's beginning, where there are no questions."""
 WITHOUT_TEACHER = 0.65
-"""Time of a batch of own answers, as a share of a step."""
+"""Time of a batch of own answers, as a share of a step: about, by their products."""
 
 
 @dataclass

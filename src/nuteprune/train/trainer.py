@@ -144,9 +144,9 @@ class NutePruneTrainer(Distiller):
 
     @property
     def reads_own_answers(self) -> bool:
-        """Whether the student reads its own answers in the end: those of fixed masks do."""
-        args, known = self.args, isinstance(self.processing_class, PreTrainedTokenizerBase)
-        return known and args.unlikelihood > 0 and args.teacher == "dense" and not args.progressive
+        """Whether the student reads its own answers in the end, which needs a tokenizer."""
+        known = isinstance(self.processing_class, PreTrainedTokenizerBase)
+        return known and self.args.reads_own_answers
 
     def _own_answers(self) -> OwnAnswers | None:
         if not self.reads_own_answers:
