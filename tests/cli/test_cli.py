@@ -56,6 +56,22 @@ def test_version(run: Run) -> None:
     assert run("--version")[1].startswith("nuteprune ")
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)], ids=["", "given"]
+)
+def test_threads_that_wait_spin_a_little_where_nothing_else_is_said(
+    run: Run, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 def test_a_file_takes_tables_whole(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     names = [f"a column of some width {i}" for i in range(6)]

@@ -15,7 +15,9 @@ from nuteprune.files import file_sum
 from nuteprune.jobs import minutes, vocab
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.minutes import FEWEST, Rates, seconds_of, within_minutes
+from nuteprune.plan.trial import StepTimes
 from nuteprune.run_folder import RUN, SETTINGS
+from nuteprune.train.own_answers import WITHOUT_TEACHER
 from tests.undrawn import leave_blank
 from tests.unplanned import leave_unplanned
 
@@ -59,7 +61,7 @@ def use_rates(
 
 @pytest.mark.parametrize(
     ("block", "blocks"),
-    [(0.01, 32), (0.5, 32), (1.4, 12), (1.8, 8)],
+    [(0.01, 32), (0.5, 32), (1.1, 12), (1.5, 8)],
 )
 def test_a_slower_machine_reads_less_before_the_first_step(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int
@@ -77,7 +79,7 @@ def test_a_slower_machine_reads_less_before_the_first_step(
 def test_a_run_is_repeated_from_its_record_without_a_clock(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    use_rates(monkeypatch, 1.8)
+    use_rates(monkeypatch, 1.5)
     code, said, record = pruned("timed", "--minutes", 4)
     assert code == 0, said
     config = record["config"]
@@ -96,7 +98,7 @@ def test_a_run_is_repeated_from_its_record_without_a_clock(
 def test_a_run_goes_on_with_the_plan_that_it_began_with(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    use_rates(monkeypatch, 1.8)
+    use_rates(monkeypatch, 1.5)
     code, said, record = pruned("out", "--minutes", 4)
     assert code == 0, said
     before = json.loads((tmp_path / "out" / RUN / SETTINGS).read_text())
@@ -111,14 +113,26 @@ def test_a_run_goes_on_with_the_plan_that_it_began_with(
 def test_the_steps_fill_the_time_that_is_left(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a step of four seconds, 100 s less what judging takes are some 25 steps."""
+    """With a step of four seconds, 120 s less what judging takes are some 25 steps."""
     monkeypatch.setattr(minutes, "_measured", lambda _: Rates(0.3, 0.001))
-    monkeypatch.setattr(minutes, "seconds_per_step", lambda *_, **__: 4.0)
-    code, said, record = pruned("out", "--minutes", "100s")
+    monkeypatch.setattr(minutes, "step_times", lambda *_, **__: StepTimes(4.0))
+    monkeypatch.setattr(minutes, "BESIDE", 10)  # of two to a step
+    code, said, record = pruned("out", "--minutes", "120s")
     assert code == 0, said
     spent = sum(x["seconds"] for name, x in record["stages"].items() if name != "teach")
     steps = record["config"]["max_steps"]
     assert 100 - 2 * spent - 40 < 4 * steps <= 100  # the rest of the time is spent on loading
+
+
+def test_own_answers_are_written_as_a_whole() -> None:
+    taught = StepTimes(2.0, answers=10.0)
+    assert taught.of(16) == 16 * 2 + 2 * WITHOUT_TEACHER * 2 + 10
+    assert taught.of(4) == 4 * 2  # one step is not worth the answers
+    assert taught.of(60) == 60 * 2 + 9 * WITHOUT_TEACHER * 2 + 2 * 10
+    for seconds in range(0, 200, 7):
+        steps = taught.within(seconds)
+        assert taught.of(steps) <= max(0, seconds) < taught.of(steps + 1)
+    assert StepTimes(2.0).of(16) == 32
 
 
 def test_too_little_time_is_refused_with_what_is_needed(
@@ -152,7 +166,7 @@ def test_what_comes_after_the_run_leaves_fewer_steps(
     settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
     job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=4, settings=settings)
     steps = []
-    for job.after in (0.0, 10.0):
+    for job.after in (0.0, 100.0):
         planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True))
         steps.append(planned.settings["max_steps"])
     assert steps[0] > steps[1] + 5

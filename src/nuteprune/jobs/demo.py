@@ -19,8 +19,8 @@ from nuteprune.train.asked import SETTINGS
 
 MINUTES = 5
 """How long it takes where nothing else is said; on slow machines longer."""
-COMPARED = 1.5
-"""Time to compare speeds, as a multiple of judging the dense model."""
+COMPARED = 28
+"""Time to compare speeds, in blocks that are taught."""
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
 TIMED = Workload(batch_size=1, length=256, new_tokens=32)

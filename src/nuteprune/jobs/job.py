@@ -112,7 +112,7 @@ class PruneJob(Job):
         own_text: file of text that the model has written; None: the run lets it write.
         settings: those of `NutePruneConfig` that are given.
         started: time of the command, by `time.monotonic`.
-        after: time that the written results still take, as a multiple of judging the dense model.
+        after: time that the written results still take, in blocks that are taught.
         may_exceed: whether a run that has too few minutes takes longer.
     """
 

@@ -22,7 +22,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, trainer_config
-from nuteprune.plan.trial import seconds_per_step
+from nuteprune.plan.trial import StepTimes, step_times
 from nuteprune.processes import main_ones
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
@@ -32,12 +32,14 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.declared import read_settings
 from nuteprune.train.trainer import NutePruneTrainer
 
-GRADIENTS, BY_LAYER, REFIT, JUDGE = 1.1, 0.75, 0.85, 0.8
+GRADIENTS, BY_LAYER, REFIT, JUDGE = 1.1, 0.75, 0.95, 0.6
 """Times per block, as multiples of teaching one: gradients for the scores, and what else they read
 layer by layer; refit, and judging, which includes its share of copying."""
 CUT = 0.6
 """Time to score a unit of attention by cutting it, as such a multiple. The share of them that is
 cut is about the share to remove; see `copying_kept`."""
+LATER = 1.3
+"""Time to write text, as a multiple of what its first positions take."""
 OPTIONS = (32, 24, 16, 12, 8)
 """Blocks for the scores, the best first."""
 BEFORE = 0.85
@@ -49,8 +51,8 @@ FEWEST = 4
 """Steps that a run has at least."""
 LEAST_JUDGED = 8
 """Blocks of each source that a run is judged by at least."""
-BESIDE = 2.0
-"""Time to judge answers and context, as a multiple of judging the dense model."""
+BESIDE = 45
+"""Time to judge answers and context, in blocks that are taught."""
 PLAN = ("max_steps", "calibration_blocks", "text_blocks", "eval_blocks")
 """Settings that a plan consists of."""
 TIMED = 2**14
@@ -78,11 +80,13 @@ class Rates:
         block: seconds to teach a block.
         token: seconds to write a token more; 0 where the model writes none.
         first: seconds to write the least text that a run writes; what is beyond costs `token`.
+        answers: seconds until the student has answered once.
     """
 
     block: float
     token: float
     first: float = 0.0
+    answers: float = 0.0
 
 
 def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
@@ -137,11 +141,11 @@ def _planned(job: PruneJob, plan: Mapping[str, Any]) -> PruneJob:
 def _measured(run: Run) -> Rates:
     """Time a step, and the first positions of what the model writes."""
     token, first = 0.0, 0.0
-    block = seconds_per_step(run.first, passes=1) / run.args.sequences_per_step
+    timed = step_times(run.first, passes=1)
     if run.text.to_write:
         first = seconds_writing(run, run.text.to_write)
         token = max(0.0, seconds_writing(run, TIMED) - first) / TIMED
-    return Rates(block, token, first)
+    return Rates(timed.step / run.args.sequences_per_step, token, first, timed.answers)
 
 
 def shared_out(
@@ -163,24 +167,26 @@ def shared_out(
         UserError: if there is no time for anything sensible.
     """
     sources = max(1, len(trial.held_out))
-    models = 1 + len(trial.targets) * (1 + BESIDE) + job.after
-    judged = JUDGE * rates.block * sources * models  # seconds, a block of each source
-    each = round(min(job.eval_blocks, max(LEAST_JUDGED, JUDGING * seconds / judged)))
-    judging = judged * each
+    judged = JUDGE * rates.block * sources * (1 + len(trial.targets))  # seconds, a block of each
+    beside = rates.block * (BESIDE * len(trial.targets) + job.after)
+    allowed = (JUDGING * seconds - beside) / judged
+    each = round(min(job.eval_blocks, max(LEAST_JUDGED, allowed)))
+    judging = judged * each + beside
     left = seconds - judging
     given = job.settings.get("calibration_blocks")
     options = [given] if given else OPTIONS
     for scored in options:
         settings = {**job.settings, "calibration_blocks": scored, "max_steps": 1}
         args = trainer_config(replace(job, settings=settings), job.out)
-        before, step = _times(job, trial, rates, args)
-        steps = math.floor((left - before) / step)
+        before, taught = _times(job, trial, rates, args)
+        steps = taught.within((left - before) / len(trial.targets))
         share = 1.0 if scored == options[-1] else BEFORE
         if before <= share * left and steps >= FEWEST:
             break
     else:
         if not job.may_exceed:
-            needed = before + judging + FEWEST * step + time.monotonic() - job.started
+            teaching = taught.of(FEWEST) * len(trial.targets)
+            needed = before + judging + teaching + time.monotonic() - job.started
             raise UserError(
                 f"--minutes {job.minutes} is too little time: on this machine "
                 f"{math.ceil(needed / 60)} minutes are needed; pass more, or --steps 0 --method "
@@ -189,11 +195,13 @@ def shared_out(
         steps = FEWEST
     blocks = max(steps * trial.args.sequences_per_step, args.calibrated_blocks)
     plan = {"calibration_blocks": scored, "max_steps": steps, "text_blocks": blocks}
-    return {**plan, "eval_blocks": each}, step, judging
+    return {**plan, "eval_blocks": each}, taught.step, judging
 
 
-def _times(job: PruneJob, trial: Run, rates: Rates, args: NutePruneConfig) -> tuple[float, float]:
-    """Return the seconds from the first stage to the first step, without judging, and of a step."""
+def _times(
+    job: PruneJob, trial: Run, rates: Rates, args: NutePruneConfig
+) -> tuple[float, StepTimes]:
+    """Return the seconds from the first stage to the first step, without judging, and of steps."""
     targets, model = trial.targets, trial.model
     method = METHODS[args.method]
     sizes = model.layout.sizes
@@ -208,11 +216,11 @@ def _times(job: PruneJob, trial: Run, rates: Rates, args: NutePruneConfig) -> tu
     share = share_to_write(job)
     read = args.calibrated_blocks
     written = tokens_to_write(read, read, share, job.length) if share else 0
-    text = rates.first + rates.token * written if written else 0.0
+    text = LATER * (rates.first + rates.token * written) if written else 0.0
     # Steps beyond what is calibrated on need text too, which is written before.
-    more = rates.token * share * job.length
-    step = (rates.block + more) * args.sequences_per_step * len(targets)
-    return blocks * rates.block + text, step
+    more = LATER * rates.token * share * job.length
+    step = (rates.block + more) * args.sequences_per_step
+    return blocks * rates.block + text, StepTimes(step, rates.answers)
 
 
 def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int] | None:
@@ -223,9 +231,10 @@ def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int] | 
 
     def steps_in_time(run: Run, trainer: NutePruneTrainer) -> int:
         left = len(run.targets) - run.targets.index(trainer.target)
+        taught = step_times(trainer)
         dense = run.products.costs.get("judge", {}).get("seconds", 0.0)
-        judging = dense * (left * (1 + BESIDE) + job.after)
-        step = seconds_per_step(trainer) * left
-        return max(FEWEST, math.floor((end - time.monotonic() - judging) / step))
+        beside = taught.step / trainer.args.sequences_per_step * (BESIDE * left + job.after)
+        time_left = end - time.monotonic() - dense * left - beside
+        return max(FEWEST, taught.within(time_left / left))
 
     return steps_in_time

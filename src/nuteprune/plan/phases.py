@@ -36,7 +36,7 @@ from nuteprune.stages.write import OWN_SHARE, tokens_to_write
 from nuteprune.train.asked import SETTINGS
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.constraints import make_allocator
-from nuteprune.train.own_answers import ANSWERS, EVERY, LAST, TOKENS, WITHOUT_TEACHER
+from nuteprune.train.own_answers import ANSWERS, EVERY, TOKENS, WITHOUT_TEACHER, own_steps
 from nuteprune.train.targets import Prices, run_targets
 
 SIMULATED, FORMULA = "simulated", "formula"
@@ -282,12 +282,13 @@ class Plan:
             each = args.gradient_accumulation_steps * steps * len(self.targets)
             need = need.then(self.step(kind).times(each))
         steps, read = args.max_steps * len(self.targets), 0.0
-        if args.reads_own_answers:
-            most = min(TOKENS, self.length)
-            positions = steps * LAST / EVERY * most  # of the student's own answers
+        if args.reads_own_answers and steps:
+            own, most = own_steps(args.max_steps), min(TOKENS, self.length)
+            positions = math.ceil(own / EVERY) * most * len(self.targets)
             read = positions * self._read(ANSWERS, most)
             written = self._judged.flops / JUDGED / self.length * ANSWERS * positions
-            need = need.times(1 + LAST * WITHOUT_TEACHER).then(Need((0,), written))
+            reading = 1 + WITHOUT_TEACHER * own / args.max_steps
+            need = need.times(reading).then(Need((0,), written))
         return [Phase("teach", need, steps=steps, read=read)][: args.max_steps]
 
     def _read(self, texts: int, length: int) -> float:

@@ -4,19 +4,50 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
 from torch import Tensor
 
-from nuteprune.train.own_answers import seconds_of_a_step
+from nuteprune.train.own_answers import EVERY, WITHOUT_TEACHER, own_steps, seconds_to_answer
 from nuteprune.train.trainer import NutePruneTrainer
 
 
-def seconds_per_step(trainer: NutePruneTrainer, passes: int = 2) -> float:
-    """Return the seconds of one optimizer step, timed on training text; nothing is learned.
+@dataclass(frozen=True)
+class StepTimes:
+    """What a run's steps take.
 
-    They include a step's share of the time for the student's own answers.
+    Args:
+        step: seconds of one, without own answers.
+        answers: seconds until the student has answered once; 0 where it does not.
+    """
+
+    step: float
+    answers: float = 0.0
+
+    def of(self, steps: int) -> float:
+        """Return the seconds of all steps of a run."""
+        own = own_steps(steps) * bool(self.answers)
+        read = own * WITHOUT_TEACHER * self.step
+        return steps * self.step + read + math.ceil(own / EVERY) * self.answers
+
+    def within(self, seconds: float) -> int:
+        """Return how many steps there is time for."""
+        steps = max(0, math.floor(seconds / self.step))
+        while steps and self.of(steps) > seconds:
+            steps -= 1
+        return steps
+
+
+def seconds_per_step(trainer: NutePruneTrainer) -> float:
+    """Return the seconds of an optimizer step, the mean over those of the run."""
+    steps = trainer.steps()
+    return step_times(trainer).of(steps) / steps
+
+
+def step_times(trainer: NutePruneTrainer, passes: int = 2) -> StepTimes:
+    """Time one optimizer step on training text; nothing is learned.
 
     Args:
         trainer: a run that has not begun.
@@ -35,11 +66,12 @@ def seconds_per_step(trainer: NutePruneTrainer, passes: int = 2) -> float:
         seconds = min(seconds, time.monotonic() - started)
     model.eval()
     seconds *= args.gradient_accumulation_steps
+    answering = 0.0
     if trainer.reads_own_answers:
         with trainer.answering() as student:
-            seconds += seconds_of_a_step(student, seconds)
+            answering = seconds_to_answer(student)
     trainer.masks = before
-    return seconds
+    return StepTimes(seconds, answering)
 
 
 def cut_by_chance(trainer: NutePruneTrainer) -> None:

@@ -143,8 +143,17 @@ def own_answers(
     """Return answers, none yet, to the questions in blocks of text; see `prompts_in`."""
     bos = bos_of(tokenizer)
     prompts = prompts_in(blocks_NT[:, len(bos) :], *chat_marks(tokenizer), bos)
-    first = steps - round(LAST * steps)
+    first = steps - own_steps(steps)
     return OwnAnswers(prompts, ends_of(model, tokenizer), bos, blocks_NT.shape[1], first, seed)
+
+
+def own_steps(steps: int) -> int:
+    """Return how many of a run's steps, the last ones, read own answers.
+
+    One alone is not worth the time to answer.
+    """
+    own = round(LAST * steps)
+    return own if own > 1 else 0
 
 
 def prompts_in(
@@ -176,12 +185,6 @@ def prompts_in(
     return found if len(found) >= ANSWERS else beginnings
 
 
-def seconds_of_a_step(student: PreTrainedModel, step: float) -> float:
-    """Return each step's share of the time for own answers, timed on the first positions.
-
-    Args:
-        student: the model, as it answers.
-        step: seconds of a step without them.
-    """
-    written = TOKENS * seconds_per_token(student, ANSWERS) / EVERY
-    return LAST * (written + WITHOUT_TEACHER * step)
+def seconds_to_answer(student: PreTrainedModel) -> float:
+    """Return the seconds of a set of answers, timed on the first positions."""
+    return TOKENS * seconds_per_token(student, ANSWERS)
