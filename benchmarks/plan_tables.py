@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from nuteprune import NutePruneConfig
 from nuteprune.jobs.plan import variants_of
-from nuteprune.plan.phases import Plan
+from nuteprune.plan.phases import NOT_SHARED, Plan
 
 RESULTS = Path(__file__).with_name("results") / "plan-large.json"
 LLAMA: dict[str, Any] = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
@@ -55,6 +55,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Shapes as published in the models' config.json."""
 DEVICES = (8, 64)
+WAYS = [(n, way) for n in DEVICES for way in ("whole", "sharded")]
+"""Devices, and whether their weights are whole on each."""
 LENGTH, BATCH, ACCUMULATED, STEPS, SPARSITY = 512, 4, 4, 80, 0.2
 
 
@@ -86,6 +88,10 @@ def planned(name: str) -> dict[str, Any]:
         "steps": args.max_steps,
         "peak_bytes": columns,
         "flops": {x.name: x.need.flops for x in phases},
+        "sent_bytes": {
+            x.name: {f"{way}, {n} devices": x.need.sent(n, way == "sharded") for n, way in WAYS}
+            for x in phases
+        },
         "disk_bytes": run.disk(),
     }
 
@@ -125,6 +131,19 @@ def table(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def traffic(plan: dict[str, Any]) -> str:
+    """Return what devices send and multiply as a table, a row for each phase."""
+    columns = next(iter(plan["sent_bytes"].values()))
+    heads = [f"GB sent, {x}" for x in columns] + [f"PFLOP, {n} devices" for n in DEVICES]
+    lines = ["| on each device | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for phase, sent in plan["sent_bytes"].items():
+        shares = [1 if phase in NOT_SHARED else n for n in DEVICES]
+        cells = [f"{x / 1e9:,.1f}" for x in sent.values()]
+        cells += [f"{plan['flops'][phase] / n / 1e15:,.2f}" for n in shares]
+        lines.append(f"| {phase} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def summary(plans: Sequence[dict[str, Any]]) -> str:
     """Return the largest peaks of plans as a table of GB, a row for each model."""
     columns = plans[0]["peak_bytes"]
@@ -147,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plans = []
     for name in args.models:
         plans.append(planned(name))
-        print(table(plans[-1]), flush=True)
+        print(table(plans[-1]), traffic(plans[-1]), sep="\n\n", flush=True)
         print()
         if args.json:
             Path(args.json).write_text(json.dumps(plans) + "\n", encoding="utf-8")

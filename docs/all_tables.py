@@ -39,6 +39,8 @@ configs: 512 tokens a block, batches of 4 x 4 blocks, 20 % removed in 80 steps, 
 - Sharded and few-bit models are judged and sliced in main memory.
 - `score` may be too high: it still cuts all attention unit by unit. PFLOP is the work of all
   products as asked.
+- *Sent*: what each device sends to others for all of a stage, by the stages' own sums and by the
+  weights that they gather, its weights whole or sharded. Devices share the same text.
 """
 
 
@@ -47,7 +49,15 @@ def tables_page() -> str:
     runs = json.loads(default_table.RESULTS.read_text(encoding="utf-8"))
     plans = json.loads(plan_tables.RESULTS.read_text(encoding="utf-8"))
     variants = default_table.tables(runs)[default_table.VARIANTS]
-    return "\n".join([_INTRO, variants, "", _PLANS, *(f"{plan_tables.table(x)}\n" for x in plans)])
+    return "\n".join(
+        [
+            _INTRO,
+            variants,
+            "",
+            _PLANS,
+            *(f"{plan_tables.table(x)}\n\n{plan_tables.traffic(x)}\n" for x in plans),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 T = TypeVar("T")
@@ -43,6 +44,35 @@ def left(tensor: Tensor) -> Tensor:
     for watch in watches:
         watch.leave(tensor)
     return tensor
+
+
+def summed(tensors: Iterable[Tensor]) -> None:
+    """Tell that several processes would add these tensors up."""
+    size = sum(x.nbytes for x in tensors) if watches else 0
+    for watch in watches:
+        watch.moved["summed"] += watch.times * size
+
+
+def passed(module: nn.Module, times: int = 1) -> None:
+    """Tell that a module runs, whose weights a process gathers if they are sharded."""
+    for watch in watches:
+        watch.moved["passed"] += times * _frozen(module) * (not watch.whole)
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Tell that all processes would hold a sharded module's weights whole inside the context."""
+    for watch in watches:
+        watch.moved["gathered"] += _frozen(module) * (not watch.whole)
+        watch.whole += 1
+    yield
+    for watch in watches:
+        watch.whole -= 1
+
+
+def _frozen(module: nn.Module) -> int:
+    """Return the bytes of a module's weights, without LoRA, which no process shares out."""
+    return sum(x.nbytes for name, x in module.named_parameters() if "lora_" not in name)
 
 
 def alike(parts: Sequence[T], tensor: Tensor) -> Iterator[T]:

@@ -494,6 +494,10 @@ def test_a_config_alone_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert plan["seconds"] == pytest.approx(sum(work.values()))
     halved = sum(work[x] for x in ("write", "judge", "score", "refit", "teach")) / 2
     assert plan["seconds_on_devices"] == pytest.approx(plan["seconds"] - halved)
+    assert all(x["sent_bytes"]["sharded"] > x["sent_bytes"]["whole"] for x in plan["phases"][:-1])
+    alone = ("slice", "save")
+    shares = [x["device_flops"] * (1 + (x["phase"] not in alone)) for x in plan["phases"]]
+    assert shares == [x["flops"] for x in plan["phases"]]
     sharded = next(x for x in plan["settings"] if "sharded" in x["settings"])
     assert sharded["how"] == "formula"
     assert not [x for x in plan["settings"] if "--offload" in x["settings"]]  # of one process
@@ -735,6 +739,26 @@ def test_large_models_are_planned(values: dict[str, Any], billions: float, tmp_p
     assert plan["parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan["peak_bytes"] > plan["weights_bytes"]
     assert plan["fits"] is not None
+
+
+@pytest.mark.slow
+def test_what_devices_send_each_other_is_told_by_the_stages(tmp_path: Path) -> None:
+    asked = settings(tmp_path, max_steps=20, unlikelihood=0)
+    run = Plan.of(config(num_hidden_layers=2), asked, 24, torch.float32)
+    layers, adapters = run.sizes.layers, run.sizes.adapters
+    judged, taught, (refit,) = run.judge().need, run.teach()[0].need, run._refit()
+    assert judged.moved["passed"] == layers
+    micro_batches = 20 * asked.gradient_accumulation_steps
+    assert taught.moved["passed"] == 2 * micro_batches * layers  # forward and backward
+    assert taught.sent(4, sharded=False) == pytest.approx(20 * adapters * 2 * 3 / 4)
+    # Of each of two projections: X^T X, the stream's lack, and the fitted weight, in fp32.
+    sums = [x * x + 2 * 64 * x for x in (64, 192)]
+    assert refit.need.moved["summed"] == pytest.approx(4 * 2 * sum(sums))
+    # The dense model's pass, two sums, the second one's target, and the pass on.
+    assert refit.need.moved["gathered"] == pytest.approx(5 * layers)
+    own = refit.need.sent(4, sharded=True) - refit.need.sent(4, sharded=False)
+    gathered = refit.need.moved["gathered"] + refit.need.moved["passed"] / 4
+    assert own == pytest.approx(gathered * 3 / 4)
 
 
 def test_own_answers_are_in_the_plan(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.loading import load_config
 from nuteprune.files import at_home
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded
+from nuteprune.jobs.planned import Rate, entry, in_bits, offloaded, print_phases, sharded, tera
 from nuteprune.jobs.prune_run import share_to_write, trainer_config
 from nuteprune.jobs.sources import locate, pick_device, pick_dtype, read_config, use_family
 from nuteprune.model.lookup import family_named, wrapper_of
@@ -107,6 +107,10 @@ def _taken(job: PruneJob, asked: Devices, planned: Plan, phases: Sequence[Phase]
     rate = replace(rate, read=asked.reading or rate.read)
     entries = [entry(phase, rate, phase.need.peak) for phase in phases]
     each = [1 if x["phase"] in NOT_SHARED else asked.devices for x in entries]
+    if asked.devices > 1:
+        for x, phase, n in zip(entries, phases, each, strict=True):
+            sent = {k: phase.need.sent(asked.devices, k == "sharded") for k in ("whole", "sharded")}
+            x |= {"device_flops": x["flops"] / n, "sent_bytes": sent}
     return {
         "model": job.model,
         "parameters": sizes.weights // dtype.itemsize,
@@ -260,6 +264,12 @@ def _print(result: Mapping[str, Any], planned: Plan, output: Output) -> None:
 
 def _print_shares(result: Mapping[str, Any], output: Output) -> None:
     """Print how long several devices take for the same batches, and what they do not share out."""
+    rows = [
+        [x["phase"], tera(x["device_flops"]), *map(megabytes, x["sent_bytes"].values())]
+        for x in result["phases"]
+    ]
+    columns = ["phase", "TFLOP", "sends, weights whole", "sends, weights sharded"]
+    output.table(f"On each of {result['devices']}", columns, rows)
     output.line(
         f"Devices {duration(result['seconds_on_devices'])} with the weights whole on each of "
         f"{result['devices']}: all work is shared out but {' and '.join(NOT_SHARED)}"

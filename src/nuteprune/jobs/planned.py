@@ -229,13 +229,18 @@ def entry(phase: Phase, rate: Rate, peak: float) -> dict[str, Any]:
     }
 
 
+def tera(flops: float) -> str:
+    """Return operations in 10^12, as text."""
+    return f"{flops / 1e12:,.{0 if flops >= 1e13 else 2}f}"
+
+
 def print_phases(entries: Sequence[Mapping[str, Any]], where: str, output: Output) -> None:
     """Print phases as a table; `where` says where their peaks are."""
     rows = [
         [
             x["phase"],
             megabytes(x["peak_bytes"]),
-            f"{x['flops'] / 1e12:,.{0 if x['flops'] >= 1e13 else 2}f}",
+            tera(x["flops"]),
             duration(x["seconds"]),
             x["how"],
         ]

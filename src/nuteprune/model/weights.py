@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.memory import mapped
 from nuteprune.processes import agree, is_main
+from nuteprune.simulated import whole
 
 if TYPE_CHECKING:
     from nuteprune.model.anatomy import Anatomy
@@ -123,7 +124,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """
     shards = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     if not isinstance(module, FSDPModule) or not shards:
-        yield
+        with whole(module):
+            yield
         return
     module.unshard()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -65,7 +66,10 @@ class Live(TorchDispatchMode):
     `INSIDE` alone. `sizes` are those of products in half precision: a CPU's library makes a kernel
     for each, and keeps it. `fine` are those of `flops` that are not in half precision. A stage that
     tells `progress` of itself has a peak between each two times in `ticks`. `times` says how many
-    times the products of the moment count.
+    times the products of the moment count. `moved` are the bytes that processes would send each
+    other: `summed` up over them all; `gathered` by all of them where weights are sharded, once for
+    all of the text; and `passed`, gathered for each pass through a module. `whole` says how many
+    contexts hold gathered weights.
     """
 
     _done: ClassVar[dict[Any, tuple[Any, int, int, int]]] = {}
@@ -73,7 +77,8 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.flops = self.fine = 0
-        self.times = 1
+        self.times, self.whole = 1, 0
+        self.moved = Counter[str]()
         self.sizes: set[Any] = set()
         self.ticks: list[int] = []
         self._known: dict[int, int] = {}
@@ -129,6 +134,7 @@ class Live(TorchDispatchMode):
         """Count from here on; live tensors stay counted."""
         self.peak, self.flops, self.fine, self.ticks = self.now, 0, 0, []
         self.sizes.clear()
+        self.moved.clear()
 
     def once(self, key: Any, work: Callable[[], Any]) -> Any:
         """Do some work, or count it as it was counted before under this key, in any run."""

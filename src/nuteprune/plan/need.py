@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ KERNELS = 1024
 """How many of them it keeps: measured likewise. Those that were not used for longest go."""
 
 
+MOVED = ("summed", "gathered", "passed")
+"""What `Need.moved` may have."""
+
+
 class Unplanned(UserError):
     """A model that cannot be planned without data, such as a mixture in fp32."""
 
@@ -51,18 +55,20 @@ class Need:
         flops: floating-point operations of products, for one pass through the stage.
         fine: those of `flops` that are not in half precision.
         sizes: how many sizes of products in half precision there are.
+        moved: bytes that several processes send each other; see `plan.live.Live`.
     """
 
     peaks: tuple[float, ...]
     flops: float = 0.0
     fine: float = 0.0
     sizes: float = 0.0
+    moved: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, live: Live, peaks: Sequence[float] = ()) -> Need:
         """Return the counted need, in stretches with these peaks, or in one."""
         whole = (max([live.peak, *live.ticks]),)
-        return cls(tuple(peaks) or whole, live.flops, live.fine, len(live.sizes))
+        return cls(tuple(peaks) or whole, live.flops, live.fine, len(live.sizes), dict(live.moved))
 
     @property
     def peak(self) -> float:
@@ -76,11 +82,25 @@ class Need:
     def then(self, other: Need) -> Need:
         """Return the need of this and then another."""
         sums = (self.flops + other.flops, self.fine + other.fine, self.sizes + other.sizes)
-        return Need(self.peaks + other.peaks, *sums)
+        moved = {k: self.moved.get(k, 0) + other.moved.get(k, 0) for k in MOVED}
+        return Need(self.peaks + other.peaks, *sums, moved)
 
     def times(self, count: float) -> Need:
         """Return the need of this many passes."""
-        return replace(self, flops=self.flops * count, fine=self.fine * count)
+        moved = {k: x * count for k, x in self.moved.items()}
+        return replace(self, flops=self.flops * count, fine=self.fine * count, moved=moved)
+
+    def sent(self, devices: int, sharded: bool) -> float:
+        """Return the bytes that each of several devices sends, each having its share of the text.
+
+        Args:
+            devices: how many there are.
+            sharded: whether they share the weights out; else each has them whole.
+        """
+        found = 2 * self.moved.get("summed", 0)
+        if sharded:
+            found += self.moved.get("gathered", 0) + self.moved.get("passed", 0) / devices
+        return found * (devices - 1) / devices
 
 
 def through(found: Sequence[tuple[float, Need]], at: float) -> Need:
@@ -101,6 +121,7 @@ def through(found: Sequence[tuple[float, Need]], at: float) -> Need:
         extrapolated([x.flops for x in needs], len(needs)),
         extrapolated([x.fine for x in needs], len(needs)),
         extrapolated([x.sizes for x in needs], 2),
+        {k: extrapolated([x.moved.get(k, 0) for x in needs], len(needs)) for k in MOVED},
     )
 
 
@@ -231,6 +252,11 @@ class Sizes:
     cached: int
     together: int
     read: int
+
+    @property
+    def layers(self) -> int:
+        """Bytes of the decoder layers."""
+        return self.weights - self.outside
 
     @classmethod
     def of(

@@ -217,10 +217,11 @@ class Plan:
         short, sizes = min(TEXT_TOKENS, self.length), self.sizes
         texts = math.ceil(blocks * self.length / short)
         together = plain_together(texts, sizes.together, self.length)
-        reading = math.ceil(texts / together) * short * self._read(together, short)
+        positions = math.ceil(texts / together) * short
         held = self._weights + sizes.adapters + sizes.cached
         work = self._judged.flops / JUDGED * blocks
-        return [Phase("write", Need((held,), work), FORMULA, read=reading)]
+        need = Need((held,), work, moved={"gathered": positions * sizes.layers})
+        return [Phase("write", need, FORMULA, read=positions * self._read(together, short))]
 
     def judge(self) -> Phase:
         """Return the phase of judging."""
@@ -288,7 +289,9 @@ class Plan:
             read = positions * self._read(ANSWERS, most)
             written = self._judged.flops / JUDGED / self.length * ANSWERS * positions
             reading = 1 + WITHOUT_TEACHER * own / args.max_steps
-            need = need.times(reading).then(Need((0,), written))
+            moved = {"gathered": positions * self.sizes.layers}
+            need = need.times(reading).then(Need((0,), written, moved=moved))
+        need = need.then(Need((0,), moved={"summed": steps * self.sizes.adapters}))  # gradients
         return [Phase("teach", need, steps=steps, read=read)][: args.max_steps]
 
     def _read(self, texts: int, length: int) -> float:
@@ -319,7 +322,8 @@ class Plan:
         if self.stored is not None:  # mapped, and copied to be written in another dtype
             saved *= copied * self.stored.itemsize / self.dtype.itemsize
         save = Phase("save", Need((saved + adapters,)), FORMULA)
-        return [Phase("slice", Need((begun,)).then(cut)), save]
+        sent = Need((begun,), moved={"gathered": sum(self.results)})  # by the main process
+        return [Phase("slice", sent.then(cut)), save]
 
     # -- the disk
 

@@ -6,13 +6,13 @@ The code is the stages' own: text, masks and scores are real, weights and activa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nuteprune.data.training_text import JUDGED
@@ -25,6 +25,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.plan.live import Live, without_data
 from nuteprune.plan.need import Need
 from nuteprune.plan.trial import trial_step
+from nuteprune.simulated import passed
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.stages.slice import slice_model
@@ -79,7 +80,10 @@ class Walk:
                 if not parameter.requires_grad:
                     live.leave(parameter)
             live.peak = live.now
-            yield live
+            with ExitStack() as stack:
+                for layer in self._model.anatomy.layers:
+                    stack.enter_context(layer.register_forward_pre_hook(_pass))
+                yield live
 
     def _text(self, blocks: int) -> Tensor:
         return torch.zeros(blocks, self._length, dtype=torch.long)
@@ -157,6 +161,7 @@ class Walk:
             live.restart()
             for _ in range(2 if self._args.max_steps else 0):
                 live.flops = live.fine = 0
+                live.moved.clear()
                 trial_step(trainer, {"input_ids": self._text(size)})
                 trainer._clip_grad_norm(trainer.model)
                 trainer.create_optimizer().step()
@@ -190,6 +195,10 @@ class Walk:
         for parameter in dense.parameters():
             live.leave(parameter)
         return dense
+
+
+def _pass(layer: nn.Module, _: Any) -> None:
+    passed(layer, 1 + torch.is_grad_enabled())  # a backward pass gathers it again
 
 
 def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
