@@ -139,8 +139,8 @@ def test_a_sharded_run_of_a_mixture_writes_what_one_process_does(
 
 @pytest.mark.parametrize(
     ("name", "steps", "sparsity"),
-    [("gemma2", 0, 0.3), ("llama", 4, 0.5)],
-    ids=["untrained", "4 steps, scored in rounds"],
+    [("gemma2", 0, 0.3), ("llama", 10, 0.5)],
+    ids=["untrained", "10 steps, scored in rounds"],
 )
 def test_a_sharded_run_writes_the_weights_of_one_process(
     name: str,
@@ -153,7 +153,7 @@ def test_a_sharded_run_writes_the_weights_of_one_process(
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
     same = {"max_steps": steps, "save_steps": 2, "adam_epsilon": 1e-2, "shares": 1}
-    same |= {"unlikelihood": 10}  # of what the last step reads
+    same |= {"unlikelihood": 10}  # of what the last steps read
     asked = ["--sparsity", str(sparsity)]
     said(python(*QUICK, *command(tiny_inputs, one, batch_size=8, **same), *asked))
     asked += ["--set", "sharded=true"]

@@ -65,9 +65,11 @@ def whole(module: nn.Module) -> Iterator[None]:
     for watch in watches:
         watch.moved["gathered"] += _frozen(module) * (not watch.whole)
         watch.whole += 1
-    yield
-    for watch in watches:
-        watch.whole -= 1
+    try:
+        yield
+    finally:
+        for watch in watches:
+            watch.whole -= 1
 
 
 def _frozen(module: nn.Module) -> int:

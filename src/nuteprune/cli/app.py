@@ -66,7 +66,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     # Read when torch is loaded. Threads that spin for long while they wait make a run on a shared
-    # machine crawl. Where they never spin, two take 1.4 times as long on an idle one.
+    # machine crawl. Where they never spin, two take 1.3 times as long on an idle one.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
