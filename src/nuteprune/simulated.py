@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -53,23 +52,17 @@ def summed(tensors: Iterable[Tensor]) -> None:
         watch.moved["summed"] += watch.times * size
 
 
-def passed(module: nn.Module, times: int = 1) -> None:
-    """Tell that a module runs, whose weights a process gathers if they are sharded."""
+def gather(module: nn.Module, how: str = "gathered", times: int = 1) -> None:
+    """Tell that a sharded module's weights would be gathered, if they are not, up to `let_go`."""
     for watch in watches:
-        watch.moved["passed"] += times * _frozen(module) * (not watch.whole)
-
-
-@contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Tell that all processes would hold a sharded module's weights whole inside the context."""
-    for watch in watches:
-        watch.moved["gathered"] += _frozen(module) * (not watch.whole)
+        watch.moved[how] += times * _frozen(module) * (not watch.whole)
         watch.whole += 1
-    try:
-        yield
-    finally:
-        for watch in watches:
-            watch.whole -= 1
+
+
+def let_go() -> None:
+    """Tell that weights of the last `gather` would be let go."""
+    for watch in watches:
+        watch.whole -= 1
 
 
 def _frozen(module: nn.Module) -> int:

@@ -750,6 +750,7 @@ def test_what_devices_send_each_other_is_told_by_the_stages(tmp_path: Path) -> N
     assert judged.moved["passed"] == layers
     micro_batches = 20 * asked.gradient_accumulation_steps
     assert taught.moved["passed"] == 2 * micro_batches * layers  # forward and backward
+    assert taught.moved["gathered"] == 0  # the teacher's layer is there for the student's pass
     assert taught.sent(4, sharded=False) == pytest.approx(20 * adapters * 2 * 3 / 4)
     # Of each of two projections: X^T X, the stream's lack, and the fitted weight, in fp32.
     sums = [x * x + 2 * 64 * x for x in (64, 192)]

@@ -269,7 +269,7 @@ def _print_shares(result: Mapping[str, Any], output: Output) -> None:
         for x in result["phases"]
     ]
     columns = ["phase", "TFLOP", "sends, weights whole", "sends, weights sharded"]
-    output.table(f"On each of {result['devices']}", columns, rows)
+    output.table(f"What each of {result['devices']} devices does", columns, rows)
     output.line(
         f"Devices {duration(result['seconds_on_devices'])} with the weights whole on each of "
         f"{result['devices']}: all work is shared out but {' and '.join(NOT_SHARED)}"

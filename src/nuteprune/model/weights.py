@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.memory import mapped
 from nuteprune.processes import agree, is_main
-from nuteprune.simulated import whole
+from nuteprune.simulated import gather, let_go
 
 if TYPE_CHECKING:
     from nuteprune.model.anatomy import Anatomy
@@ -124,8 +124,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """
     shards = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     if not isinstance(module, FSDPModule) or not shards:
-        with whole(module):
+        gather(module)
+        try:
             yield
+        finally:
+            let_go()
         return
     module.unshard()
     try:

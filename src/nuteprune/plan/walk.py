@@ -25,7 +25,7 @@ from nuteprune.model.lora import Weights
 from nuteprune.plan.live import Live, without_data
 from nuteprune.plan.need import Need
 from nuteprune.plan.trial import trial_step
-from nuteprune.simulated import passed
+from nuteprune.simulated import gather, let_go
 from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score
 from nuteprune.stages.slice import slice_model
@@ -82,7 +82,8 @@ class Walk:
             live.peak = live.now
             with ExitStack() as stack:
                 for layer in self._model.anatomy.layers:
-                    stack.enter_context(layer.register_forward_pre_hook(_pass))
+                    stack.enter_context(layer.register_forward_pre_hook(_begin))
+                    stack.enter_context(layer.register_forward_hook(_end, always_call=True))
                 yield live
 
     def _text(self, blocks: int) -> Tensor:
@@ -197,8 +198,12 @@ class Walk:
         return dense
 
 
-def _pass(layer: nn.Module, _: Any) -> None:
-    passed(layer, 1 + torch.is_grad_enabled())  # a backward pass gathers it again
+def _begin(layer: nn.Module, _: Any) -> None:
+    gather(layer, "passed", 1 + torch.is_grad_enabled())  # a backward pass gathers it again
+
+
+def _end(*_: Any) -> None:
+    let_go()
 
 
 def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
