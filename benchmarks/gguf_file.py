@@ -8,6 +8,7 @@ Shape suffixes: N blocks, T tokens of a block, V token ids.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +101,25 @@ class GgufFile:
             best = self._eval(context, tokens).argmax(-1).tolist()
             for i, token in zip(open_ones, best, strict=True):
                 found[i].append(token)
+        self._lib.llama_free(context)
+        return found
+
+    def rates(self, prompt: int, answer: int) -> tuple[float, float]:
+        """Return the tokens a second of a prompt, and of an answer to it; the second of two tries.
+
+        Args:
+            prompt: its tokens, read in one batch.
+            answer: tokens after it, one at a time.
+        """
+        context, found = self._context(1, prompt + answer), (0.0, 0.0)
+        for _ in range(2):
+            self._lib.llama_memory_clear(self._lib.llama_get_memory(context), True)
+            begun = time.perf_counter()
+            self._eval(context, [(1, i, 0, i == prompt - 1) for i in range(prompt)])
+            read = time.perf_counter()
+            for i in range(answer):
+                self._eval(context, [(1, prompt + i, 0, True)])
+            found = (prompt / (read - begun), answer / (time.perf_counter() - read))
         self._lib.llama_free(context)
         return found
 

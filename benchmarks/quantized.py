@@ -1,13 +1,18 @@
 """Prune, quantize, or both: what each costs on other text, and how many bytes it leaves.
 
     python benchmarks/quantized.py --pruned '20 % cut=FOLDER' --other-text FOLDER --json FILE
-    python benchmarks/quantized_table.py     # the table and the picture of what is committed
+    python benchmarks/quantized.py --subject gemma3-270m --time 5 --files FOLDER --json FILE
+    python benchmarks/quantized_table.py     # the picture of what is committed
 
-The dense model and its pruned ones are exported as f16. llama.cpp quantizes those files itself, by
+The dense model and its smaller ones are exported as f16. llama.cpp quantizes those files itself, by
 its Python binding (`pip install llama-cpp-py-sync`) and without an importance matrix, and reads
 other text with them. A file's name has llama.cpp's type; which types its matrices really have is
 counted. A result that is on file is not made again, so a stopped run goes on, and another subject
-is added.
+is added. A model with fewer tokens spells the same text in its own way; nats are per token of the
+dense one's.
+
+`--time` judges nothing. It times the files that `--files` kept, round by round, so that all of a
+round had the same machine.
 
 Both subjects were made from files of 4 bits, so to quantize them again costs less than it would.
 """
@@ -21,7 +26,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +39,9 @@ from gguf_file import GgufFile, require_binding
 from k_quants import quantize
 from quality_runs import machine, write_json
 from quality_text import Judge, Setting
-from quantized_table import DENSE, PLAIN, Row, table
+from quantized_table import DENSE, PLAIN, Row
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nuteprune.cli.app import quiet_libraries
 from nuteprune.data.prompts import Prompts, make_prompts
@@ -48,18 +54,24 @@ from nuteprune.judge.answers import LOOPS, TOKENS, ends_of, repeated
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m")
 """Kinds of files that llama.cpp makes of a plain one."""
 BLOCKS = 12
+TIMED = (256, 32)
+"""Tokens of a prompt, and of an answer, that speed is measured with."""
 K_BLOCK = 256
 """Weights of a row that K-quants store together."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run what is not on file yet, print the table, and return the results."""
+    """Run what is not on file yet, and return the results."""
     args = parser_of().parse_args(arguments)
     quiet_libraries()
     require_binding()
     result: dict[str, Any] = {"prompts": {}, "rows": []}
     if args.json and args.json.is_file():
         result = json.loads(args.json.read_text(encoding="utf-8"))
+    if args.time:
+        time_files(args, result)
+        write_json(args.json, result)
+        return result
     if result.get("settings", settings(args)) != settings(args):
         raise UserError(f"{args.json} has results of other settings; name another file")
     result |= {"settings": settings(args), "machine": machine()}
@@ -68,7 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(summary(row), flush=True)
         if args.json:
             write_json(args.json, result)
-    print(table(result))
     return result
 
 
@@ -80,10 +91,12 @@ def parser_of() -> argparse.ArgumentParser:
     add("--pruned", action="append", default=[], metavar="NAME=FOLDER", help="a pruned one; repeat")
     add("--types", default=",".join((PLAIN, *TYPES)), help="kinds of files, comma separated")
     where = "jsonl files to judge by, a domain each"
-    add("--other-text", type=Path, metavar="FOLDER", required=True, help=where)
+    add("--other-text", type=Path, metavar="FOLDER", help=where)
     add("--blocks", type=int, default=BLOCKS, help="of 256 tokens, of each domain")
     add("--tokens", type=int, default=TOKENS, help="of an answer at most; 0: no answers")
     add("--json", type=Path, help="file of results; those in it are kept")
+    add("--files", type=Path, metavar="FOLDER", help="keeps the GGUF files")
+    add("--time", type=int, default=0, metavar="ROUNDS", help="time the subject's files instead")
     return parser
 
 
@@ -100,9 +113,8 @@ def rows(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str,
     named = [tuple(x.split("=", 1)) for x in args.pruned]
     if any(len(x) < 2 for x in named):
         raise UserError("--pruned: pass NAME=FOLDER, the name that the table has")
-    dense = subjects.folder(args.subject)
+    dense, subject = subjects.folder(args.subject), args.subject
     models = {DENSE: dense} | {name: Path(folder) for name, folder in named}
-    subject = dense.name if args.subject not in subjects.SUBJECTS else args.subject
     known = {(x["subject"], x["model"], x["type"]) for x in result["rows"]}
     kinds = args.types.split(",")
     todo = {m: [k for k in kinds if (subject, m, k) not in known] for m in models}
@@ -114,18 +126,40 @@ def rows(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str,
         if not missing:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            plain = Path(scratch) / "f16.gguf"
-            model, tokenizer = load_model(str(models[name]), None), load_tokenizer(str(dense))
+            plain = kept(args.files or Path(scratch), subject, name, PLAIN)
+            model = load_model(str(models[name]), None)
+            tokenizer = load_tokenizer(str(models[name]))
             written = write_gguf(model, tokenizer, plain, type_name=PLAIN)
+            ends = ends_of(model, tokenizer)
             del model
             for kind in missing:
-                file = plain.with_name(f"{kind}.gguf")
+                file = kept(plain.parent, subject, name, kind)
                 if kind != PLAIN:
                     quantize(plain, file, int(LlamaFileType[f"MOSTLY_{kind.upper()}"]))
                 about = {"subject": subject, "model": name, "type": kind}
-                yield about | {"parameters": written.parameters} | stored(file) | judge(file)
-                if kind != PLAIN:
+                found = stored(file) | judge(file, tokenizer, ends)
+                yield about | {"parameters": written.parameters} | found
+                if kind != PLAIN and not args.files:
                     file.unlink()
+
+
+def kept(folder: Path, subject: str, model: str, kind: str) -> Path:
+    """Return where a GGUF file is."""
+    return folder / f"{subject}, {model}, {kind}.gguf"
+
+
+def time_files(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Add the tokens a second of prompts and answers to the rows of a subject, round by round."""
+    rows = [x for x in result["rows"] if x["subject"] == args.subject]
+    for row in rows:
+        row["threads"], row["prefill"], row["decode"] = torch.get_num_threads(), [], []
+    for _ in range(args.time):
+        for row in rows:
+            file = GgufFile(kept(args.files, row["subject"], row["model"], row["type"]))
+            prefill, decode = file.rates(*TIMED)
+            file.close()
+            row["prefill"].append(round(prefill, 1))
+            row["decode"].append(round(decode, 2))
 
 
 def stored(file: Path) -> dict[str, Any]:
@@ -153,25 +187,44 @@ class Judging:
     """
 
     def __init__(self, dense: Path, args: argparse.Namespace) -> None:
-        tokenizer = load_tokenizer(str(dense))
+        self._tokenizer = tokenizer = load_tokenizer(str(dense))
         judge = Judge(Setting(model=str(dense)), tokenizer, [DEMO], args.other_text)
         self.text: dict[str, Tensor] = {k: x[: args.blocks] for k, x in judge.other.items()}
         self.prompts: Prompts | None = None
         self._tokens = args.tokens
         if args.tokens:
-            model = load_model(str(dense), torch.float32)
+            model = load_model(str(dense), torch.bfloat16)
             self.prompts = make_prompts(model, tokenizer, judge.held_out)
-            self._ends = ends_of(model, tokenizer)
 
-    def __call__(self, path: Path) -> dict[str, Any]:
-        """Return nats per token of each block of other text, and how many answers loop."""
+    def __call__(
+        self, path: Path, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
+    ) -> dict[str, Any]:
+        """Return nats of each block of other text, per token of the dense model, and what loops.
+
+        Args:
+            path: of the file.
+            tokenizer: its own.
+            ends: its tokens that end an answer.
+        """
+
+        def spelled(ids: Sequence[int]) -> list[int]:
+            if len(tokenizer) == len(self._tokenizer):
+                return list(ids)
+            text = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        def nats(block: Tensor) -> float:
+            ids = spelled(block.tolist())
+            [mean] = file.nats(torch.tensor([ids]))
+            return round(mean * (len(ids) - 1) / (len(block) - 1), 5)
+
         file = GgufFile(path)
-        nats = {
-            name: [round(x, 5) for x in file.nats(tokens)] for name, tokens in self.text.items()
+        found: dict[str, Any] = {
+            "nats": {name: [nats(x) for x in blocks] for name, blocks in self.text.items()}
         }
-        found: dict[str, Any] = {"nats": nats}
         if self.prompts:
-            answers = file.answers(self.prompts.ids, self._ends, self._tokens)
+            prompts = [spelled(x) for x in self.prompts.ids]
+            answers = file.answers(prompts, ends, self._tokens)
             looping = sum(repeated(x) > LOOPS for x in answers)
             found |= {"answers": len(answers), "looping": looping}
         file.close()

@@ -1,7 +1,7 @@
 """Table and picture of what quantizing and pruning cost, from results/quantized.json.
 
-`python benchmarks/quantized_table.py` writes them anew: the table into docs/faq.md, the picture
-beside the results, which `benchmarks/quantized.py` measures.
+`python benchmarks/quantized_table.py` draws the picture anew, beside the results, which
+`benchmarks/quantized.py` measures. `docs/all_tables.py` puts the table into docs/tables.md.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from default_table import place
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quantized.json"
 PICTURE = RESULTS.with_suffix(".png")
 PAGE = ROOT / "docs" / "faq.md"
-NAME = "quantized"
-"""What the page calls the table."""
+"""The page that says what follows."""
 
 DENSE, PLAIN = "dense", "f16"
 """The model, and the type of its file, by which all of a subject are divided."""
@@ -43,16 +41,18 @@ def ordered(result: Result) -> list[Row]:
     return sorted(result["rows"], key=place_of)
 
 
+def reference(row: Row, result: Result) -> Row:
+    """Return the row that others of a subject are divided by."""
+    asked = (row["subject"], DENSE, PLAIN)
+    return next(x for x in result["rows"] if (x["subject"], x["model"], x["type"]) == asked)
+
+
 def times_dense(row: Row, result: Result) -> tuple[float, float]:
     """Return perplexity ÷ that of the dense f16 file, the geometric mean over domains, ± its error.
 
     The error is the standard error over blocks of what each costs, so of the text alone.
     """
-    plain = next(
-        x
-        for x in result["rows"]
-        if (x["subject"], x["model"], x["type"]) == (row["subject"], DENSE, PLAIN)
-    )
+    plain = reference(row, result)
     costs = {
         k: [a - b for a, b in zip(x, plain["nats"][k], strict=True)] for k, x in row["nats"].items()
     }
@@ -61,24 +61,35 @@ def times_dense(row: Row, result: Result) -> tuple[float, float]:
     return ratio, ratio * math.sqrt(sum(errors)) / len(costs)
 
 
+def speed(row: Row, result: Result, what: str) -> float:
+    """Return tokens a second ÷ those of the dense f16 file, the median over rounds.
+
+    Args:
+        row: of the results.
+        result: all of them.
+        what: `prefill` or `decode`.
+    """
+    plain = reference(row, result)
+    return statistics.median(a / b for a, b in zip(row[what], plain[what], strict=True))
+
+
 def table(result: Result) -> str:
     """Return the rows as a page shows them."""
     lines: list[str] = []
     for x in ordered(result):
         ratio, error = times_dense(x, result)
-        is_reference = (x["model"], x["type"]) == (DENSE, PLAIN)
-        count = sum(x["matrices"].values())
+        is_reference = x is reference(x, result)
         cells = {
             "model": f"{x['subject']}, {x['model']}",
             "file": x["type"].upper(),
             "size": f"{x['bytes'] / 1e6:.0f} MB",
             "bits per weight": f"{x['bits_per_weight']:.1f}",
-            "other text ÷ dense F16": "1" if is_reference else f"{ratio:.3f} ± {error:.3f}",
+            "other text": "1" if is_reference else f"{ratio:.3f} ± {error:.3f}",
+            "answers that loop": f"{100 * x['looping'] / x['answers']:.0f} %",
+            "prefill": f"{speed(x, result, 'prefill'):.2f} x",
+            "decode": f"{speed(x, result, 'decode'):.2f} x",
             "matrices stored as": ", ".join(f"{n} {name}" for name, n in x["matrices"].items()),
-            "fit no K-quant": f"{x['torn']} of {count}" if "_k" in x["type"] else "-",
         }
-        if result["settings"]["tokens"]:
-            cells["answers that loop"] = f"{x['looping']} of {x['answers']}"
         lines = lines or [f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"]
         lines.append(f"| {' | '.join(cells.values())} |")
     return "\n".join(lines)
@@ -121,11 +132,8 @@ def draw(result: Result, path: Path) -> None:
 
 
 def main() -> None:
-    """Write the table and the picture anew."""
-    result = json.loads(RESULTS.read_text(encoding="utf-8"))
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(place(NAME).sub(lambda _: table(result), page, count=1), encoding="utf-8")
-    draw(result, PICTURE)
+    """Draw the picture anew."""
+    draw(json.loads(RESULTS.read_text(encoding="utf-8")), PICTURE)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import default_table
 import plan_tables
+import quantized_table
 
 _INTRO = """\
 # Tables
@@ -26,6 +27,25 @@ of [quality](quality.md#the-default-on-other-text).
 | longer texts | self-written texts are as long as a block; gradients are clipped to 1. So run, \
 the default has 2.63, 1.85 and 43 % at 50 % and 400 steps |
 | clipped to 1 | gradients are clipped to a norm of 1, not 0.5; 27 % chats |
+"""
+_QUANTIZED = """\
+## Pruned, quantized, or both
+
+GGUF files in llama.cpp (`benchmarks/quantized.py`,
+[quantized.json](../benchmarks/results/quantized.json)); [what
+follows](faq.md#should-i-prune-at-all).
+
+- *Other text* is perplexity ÷ that of the dense model's F16 file, on 12 blocks of 256 of its
+  tokens of each kind of [other text](quality.md#the-default-on-other-text); ± is the standard
+  error over blocks. A model of fewer tokens spells the same blocks in more tokens; all its nats
+  count.
+- *Answers that loop*: of 24, greedy, of at most 64 tokens. SmolLM2 answers questions that it wrote
+  itself; Gemma, a base model, continues beginnings of text, and goes round in circles by itself.
+- *Prefill* (256 tokens) and *decode* (32 tokens, one sequence) are tokens a second ÷ those of the
+  dense model's F16 file in the same round; medians of the rounds, two threads on two cores.
+- Pruned by default, seed 0: SmolLM2 in free shapes and 160 steps, Gemma in uniform shapes and 80,
+  since llama.cpp has no free shapes for it. Both dense models come from files of 4 bits.
+
 """
 _PLANS = """\
 ## Plans of large models
@@ -48,11 +68,14 @@ def tables_page() -> str:
     """Return the text of docs/tables.md."""
     runs = json.loads(default_table.RESULTS.read_text(encoding="utf-8"))
     plans = json.loads(plan_tables.RESULTS.read_text(encoding="utf-8"))
+    quantized = json.loads(quantized_table.RESULTS.read_text(encoding="utf-8"))
     variants = default_table.tables(runs)[default_table.VARIANTS]
     return "\n".join(
         [
             _INTRO,
             variants,
+            "",
+            _QUANTIZED + quantized_table.table(quantized),
             "",
             _PLANS,
             *(f"{plan_tables.table(x)}\n\n{plan_tables.traffic(x)}\n" for x in plans),

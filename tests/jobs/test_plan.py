@@ -434,6 +434,13 @@ def test_few_batches_tell_of_many(tmp_path: Path) -> None:
     assert ours.flops == pytest.approx(whole.flops, rel=0.01)
 
 
+def test_many_batches_have_the_products_of_few() -> None:
+    of = {6: Need((1e9,), flops=6e9, sizes=35), 9: Need((1e9,), flops=9e9, sizes=30)}
+    many = in_batches(of.__getitem__, 96, (6, 9))
+    assert many.sizes == 35  # and not fewer than none
+    assert many.flops == pytest.approx(96e9)
+
+
 def test_each_token_that_is_written_reads_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

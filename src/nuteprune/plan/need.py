@@ -171,7 +171,11 @@ def in_batches(run: Callable[[int], Need], count: int, few: tuple[int, int]) -> 
         count: how many there are.
         few: how many are run in place of them.
     """
-    return run(count) if count <= few[-1] else through([(x, run(x)) for x in few], count)
+    if count <= few[-1]:
+        return run(count)
+    found = [(x, run(x)) for x in few]
+    # More batches bring no products of new sizes.
+    return replace(through(found, count), sizes=max(need.sizes for _, need in found))
 
 
 def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
