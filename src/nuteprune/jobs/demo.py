@@ -23,7 +23,7 @@ COMPARED = 28
 """Time to compare speeds, in blocks that are taught."""
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""
-TIMED = Workload(batch_size=1, length=256, new_tokens=32)
+TIMED = Workload(batch_size=1, length=256, new_tokens=16)
 
 
 def with_defaults(job: PruneJob) -> PruneJob:
