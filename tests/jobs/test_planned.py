@@ -23,6 +23,7 @@ from nuteprune.jobs.prune_run import trainer_config
 from nuteprune.jobs.read_settings import make_job
 from nuteprune.plan.need import Need, Unplanned, on_cpu
 from nuteprune.plan.phases import Phase, Plan
+from nuteprune.plan.trial import BESIDE
 from nuteprune.plan.walk import Walk
 from nuteprune.products import Products
 from nuteprune.progressive.config import ProgressiveConfig
@@ -99,6 +100,8 @@ def test_all_stages_are_planned_at_the_rate_of_a_real_step(
         assert phases[phase.name]["peak_bytes"] == pytest.approx(peaks[phase.name], rel=0.02)
     assert phases["teach"]["seconds"] == pytest.approx(3 * dry["seconds_per_step"])
     rate = phases["teach"]["flops"] / phases["teach"]["seconds"]
+    beside = BESIDE * dry["seconds_per_step"] / args.sequences_per_step  # answers and context
+    assert phases["judge"]["seconds"] == pytest.approx(beside + phases["judge"]["flops"] / rate)
     assert phases["refit"]["seconds"] == pytest.approx(phases["refit"]["flops"] / rate)
     assert dry["seconds"] == pytest.approx(sum(x["seconds"] for x in dry["phases"]))
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -22,7 +22,7 @@ from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.folder import is_stated
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, trainer_config
-from nuteprune.plan.trial import StepTimes, step_times
+from nuteprune.plan.trial import BESIDE, StepTimes, step_times
 from nuteprune.processes import main_ones
 from nuteprune.run import Run
 from nuteprune.run_folder import RUN
@@ -51,8 +51,6 @@ FEWEST = 4
 """Steps that a run has at least."""
 LEAST_JUDGED = 8
 """Blocks of each source that a run is judged by at least."""
-BESIDE = 45
-"""Time to judge answers and context, in blocks that are taught."""
 PLAN = ("max_steps", "calibration_blocks", "text_blocks", "eval_blocks")
 """Settings that a plan consists of."""
 TIMED = 2**14

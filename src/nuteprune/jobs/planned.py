@@ -18,7 +18,7 @@ from nuteprune.jobs.show import describe_target
 from nuteprune.memory import peak, reset_peak
 from nuteprune.plan.need import Unplanned, on_cpu
 from nuteprune.plan.phases import FORMULA, Phase, Plan
-from nuteprune.plan.trial import seconds_per_step
+from nuteprune.plan.trial import BESIDE, seconds_per_step
 from nuteprune.run import Run
 from nuteprune.stages.score import stops_before
 
@@ -136,6 +136,8 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
             x |= {"how": FORMULA}
         if x["phase"] == "write":
             x |= {"seconds": writing, "how": "measured"}
+        if x["phase"] == "judge" and step:  # answers and context are in no plan
+            x["seconds"] += BESIDE * len(run.targets) * step / run.args.sequences_per_step
         if x["phase"] == "teach" and timed and step:  # what is read in it is in a step's time
             x |= {"seconds": step * timed.steps}
     return {"phases": entries, "seconds": sum(x["seconds"] for x in entries)}

@@ -13,6 +13,9 @@ from torch import Tensor
 from nuteprune.train.own_answers import EVERY, WITHOUT_TEACHER, own_steps, seconds_to_answer
 from nuteprune.train.trainer import NutePruneTrainer
 
+BESIDE = 45
+"""Time to judge answers and context, in blocks that are taught."""
+
 
 @dataclass(frozen=True)
 class StepTimes:
