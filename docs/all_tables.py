@@ -35,7 +35,7 @@ GGUF files in llama.cpp (`benchmarks/quantized.py`,
 [quantized.json](../benchmarks/results/quantized.json)); [what
 follows](faq.md#should-i-prune-at-all).
 
-- *Other text* is perplexity ÷ that of the dense model's F16 file, on 12 blocks of 256 of its
+- *Other text* is perplexity ÷ that of the dense model's F16 file, on 6 blocks of 256 of its
   tokens of each kind of [other text](quality.md#the-default-on-other-text); ± is the standard
   error over blocks. A model of fewer tokens spells the same blocks in more tokens; all its nats
   count.

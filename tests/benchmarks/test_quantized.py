@@ -18,32 +18,37 @@ RESULT: dict[str, Any] = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
 ROWS = {(x["subject"], x["model"], x["type"]): x for x in RESULT["rows"]}
 
 
-def test_the_page_has_the_table_of_the_results() -> None:
-    page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.place(tables.NAME).findall(page) == [tables.table(RESULT)]
-
-
 def test_the_page_says_what_follows_from_the_results() -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
-    text = " ".join(page[page.index("## Should I prune") : page.index("<!-- table: q")].split())
-    subject, cut, half = "smollm2-135m", "20 %, 160 steps", "50 %, 160 steps"
-    ratios = {
-        key[1:]: tables.times_dense(ROWS[key], RESULT)[0] for key in ROWS if key[0] == subject
-    }
-    sizes = {key[1:]: f"{row['bytes'] / 1e6:.0f} MB" for key, row in ROWS.items()}
-    d8, d4 = ((tables.DENSE, kind) for kind in ("q8_0", "q4_k_m"))
-    plain, whole = (cut, tables.PLAIN), (tables.DENSE, tables.PLAIN)
+    text = " ".join(page[page.index("## Should I prune") : page.index("![Perplexity")].split())
+    small, gemma = "smollm2-135m", "gemma3-270m"
+    ratios = {key: tables.times_dense(row, RESULT)[0] for key, row in ROWS.items()}
+    sizes = {key: f"{row['bytes'] / 1e6:.0f} MB" for key, row in ROWS.items()}
+    whole, d8, d4 = ((small, tables.DENSE, kind) for kind in (tables.PLAIN, "q8_0", "q4_k_m"))
     assert f"Q8_0 makes {sizes[d8]} of SmolLM2-135M's {sizes[whole]} at {ratios[d8]:.3f} ×" in text
     assert f"Q4_K_M makes {sizes[d4]} at {ratios[d4]:.3f} ×" in text
-    assert f"F16 still has {sizes[plain]}, at {ratios[plain]:.3f} ×" in text
-    for model, words in (
-        (cut, "costs {:.1f} % and Q4_K_M {:.1f} %"),
-        (half, "{:.1f} % and {:.1f} %"),
+    fewer, fewer8 = ((gemma, "131,072 tokens", kind) for kind in (tables.PLAIN, "q8_0"))
+    all_of_it = sizes[gemma, tables.DENSE, tables.PLAIN].removesuffix(" MB")
+    assert f"{sizes[fewer]} of {all_of_it}, at {ratios[fewer]:.3f} ×" in text
+    assert f"and {sizes[fewer8]} in Q8_0" in text
+    for subject, model, words in (
+        (small, "10 %, 160 steps", "leaves {} at {:.3f} ×"),
+        (small, "20 %, 160 steps", "20 % {} at {:.3f} ×"),
+        (gemma, "20 %, 80 steps", "20 % of Gemma's {} at {:.3f} ×"),
     ):
-        own = [ratios[model, kind] / ratios[model, tables.PLAIN] for kind in ("q8_0", "q4_k_m")]
-        assert words.format(*(100 * (x - 1) for x in own)) in text
-    dense = [100 * (ratios[x] - 1) for x in (d8, d4)]
-    assert f"(dense: {dense[0]:.1f} % and {dense[1]:.1f} %)" in text
+        key = (subject, model, tables.PLAIN)
+        assert words.format(sizes[key], ratios[key]) in text
+    for model, words in (
+        ("20 %, 160 steps", "cut {:.1f} % and Q4_K_M {:.1f} % of its own F16"),
+        ("50 %, 160 steps", "At 50 % that is {:.1f} % and {:.1f} %"),
+        (tables.DENSE, "(dense: {:.1f} % and {:.1f} %)"),
+    ):
+        own = ratios[small, model, tables.PLAIN]
+        costs = (100 * (ratios[small, model, x] / own - 1) for x in ("q8_0", "q4_k_m"))
+        assert words.format(*costs) in text
+    loops = [x["looping"] for x in RESULT["rows"] if x["subject"] == small]
+    assert f"at most {max(loops)} loop" in page
+    assert ROWS[whole]["looping"] == 0
 
 
 def test_no_row_is_there_twice_and_each_model_has_its_plain_file() -> None:

@@ -9,12 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nuteprune.console import Output
 from nuteprune.errors import Interrupted, RunFailed, UserError
@@ -155,6 +157,23 @@ def test_whoever_names_no_text_is_told_which_one_it_is(
     assert "Note    the text is the demo's" in out
     assert "Note " not in run(*dry, "--data", text)[1]
     assert "Note " not in run("prune", "demo", *dry[2:])[1]
+
+
+@pytest.mark.slow
+def test_whoever_cuts_around_a_large_embedding_is_told(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    large = tmp_path / "large"
+    tiny_model("llama", vocab_size=4000, tie_word_embeddings=True).save_pretrained(large)
+    tiny_tokenizer.save_pretrained(large)
+    code, out, err = run(*options(large, text, tmp_path / "out"), "--dry-run")
+    assert code == 0, err
+    assert "Note    the embedding has " in out
+    assert "--vocab auto" in out
 
 
 @pytest.mark.slow

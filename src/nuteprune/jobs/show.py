@@ -25,6 +25,9 @@ from nuteprune.train.asked import spelled
 from nuteprune.train.checkpoints import AtomicTrainer
 from nuteprune.train.targets import COUNTED, IN_PARAMETERS, Target, reached
 
+LARGE = 0.5
+"""Share of the parameters from which an embedding is worth cutting first (docs/tables.md)."""
+
 
 def print_tokens(vocab: Mapping[str, Any], output: Output) -> None:
     """Print how many tokens stay, and what that costs by itself."""
@@ -80,6 +83,12 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
         output.line(
             f"Note    the experts are in MXFP4 and are unpacked: what is written is {stored}, "
             "nearly four times as large for each of them"
+        )
+    embedded = prepared.anatomy.embedding.weight.numel() / total
+    if embedded > LARGE and not job.vocab:
+        output.line(
+            f"Note    the embedding has {embedded:.0%} of all parameters, and this run keeps it; "
+            "--vocab auto removes the tokens that are hardly needed"
         )
     if job.specs == [DEMO] and job.model != DEMO:
         output.line(
