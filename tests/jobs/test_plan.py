@@ -250,8 +250,8 @@ def test_layers_of_the_same_width_share_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.slow(seconds=5)
 def test_a_cpu_maps_weights(tmp_path: Path) -> None:
-    def of(dtype: torch.dtype, stored: torch.dtype | None, layers: int = 2) -> Walk:
-        values, args = config(num_hidden_layers=layers), settings(tmp_path)
+    def of(dtype: torch.dtype, stored: torch.dtype | None, layers: int = 2, rank: int = 32) -> Walk:
+        values, args = config(num_hidden_layers=layers), settings(tmp_path, lora_rank=rank)
         return Walk(values, args, 24, dtype, stored=stored)
 
     half, whole = torch.bfloat16, torch.float32
@@ -270,6 +270,9 @@ def test_a_cpu_maps_weights(tmp_path: Path) -> None:
     more = of(half, half, 4).slice().peak - of(half, half).slice().peak
     lora = 4 * 32 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 192))
     assert more == pytest.approx(3 * 2 * lora, abs=2 * layer / 4)
+    # Nor does the model that they are assembled to hold them once more.
+    more = of(half, half, 6, rank=1).slice().peak - of(half, half, rank=1).slice().peak
+    assert more < 4 * 2 * layer / 4
 
 
 def test_what_is_saved_on_a_cpu_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

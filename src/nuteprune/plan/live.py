@@ -117,6 +117,8 @@ class Live(TorchDispatchMode):
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is let go, if it is not counted already."""
+        if tensor.is_meta:  # a shape alone: no run gives it room
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
@@ -154,8 +156,9 @@ class Live(TorchDispatchMode):
         """Stop counting a tensor's storage, though it lives."""
         self.count(tensor)
         key = tensor.untyped_storage()._cdata
-        self.now -= self._known[key]
-        self._known[key] = 0
+        if key in self._known:
+            self.now -= self._known[key]
+            self._known[key] = 0
 
     def _let_go(self, key: int) -> None:
         self.now -= self._known.pop(key)
