@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.forked import piped
+from tests.forked import piped, python
 from tests.scripts import script
 
 rows, step = (script(x) for x in ("step_rows", "step"))
@@ -66,6 +66,8 @@ def test_a_run_ends_with_one_line_and_no_noise(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    python("-c", "")  # starts the server, whose libraries may say something
+    capfd.readouterr()
     started: list[Any] = []
 
     def start(parts: list[str], **pipes: Any) -> Any:
