@@ -99,7 +99,7 @@ def draw(result: Result, path: Path) -> None:
     """Draw size and perplexity: a panel for each subject, a line for each of its models."""
     names = list(dict.fromkeys(x["subject"] for x in ordered(result)))
     figure, panels = plt.subplots(
-        1, len(names), figsize=(5.2 * len(names), 4.2), layout="constrained", squeeze=False
+        1, len(names), figsize=(5.2 * len(names), 4.6), layout="constrained", squeeze=False
     )
     for axes, subject in zip(panels[0], names, strict=True):
         of_it = [x for x in ordered(result) if x["subject"] == subject]
@@ -109,6 +109,8 @@ def draw(result: Result, path: Path) -> None:
             sizes = [x["bytes"] / 1e6 for x in files]
             axes.plot(sizes, ratios, "osD^v"[i % 5] + "-", label=model, alpha=0.8)
             for k, (x, size, ratio) in enumerate(zip(files, sizes, ratios, strict=True)):
+                if model != DENSE and 0 < k < len(files) - 1:
+                    continue  # the types between have the same order
                 # Above and below the line by turns: types of nearly the same size stand apart.
                 place = {"xytext": (3, 6)} if k % 2 else {"xytext": (-3, -13), "ha": "right"}
                 axes.annotate(
@@ -126,7 +128,7 @@ def draw(result: Result, path: Path) -> None:
         axes.yaxis.set_minor_locator(plt.NullLocator())
         axes.margins(0.1)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
