@@ -19,7 +19,7 @@ from nuteprune.train.asked import SETTINGS
 
 MINUTES = 5
 """How long it takes where nothing else is said; on slow machines longer."""
-COMPARED = 28
+COMPARED = 18
 """Time to compare speeds, in blocks that are taught."""
 MEMORY = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 """The default batch in two parts, which need half of the memory for activations."""

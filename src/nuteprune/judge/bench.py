@@ -157,12 +157,11 @@ def say_ratio(ratio: Mapping[str, Any]) -> str:
     """Return a ratio of times in words, for people.
 
     Args:
-        ratio: a mapping with `median`, `bound` and `verdict`.
+        ratio: a mapping with `median` and `verdict`.
     """
     found = ratio["verdict"]
-    if found == "noise":
-        return f"noise (bound {ratio['bound']:.2f})"
-    return "no difference measured" if found == "none" else f"{ratio['median']:.2f} x"
+    said = {"noise": "noise, above its bound", "none": "no difference measured"}
+    return said.get(found) or f"{ratio['median']:.2f} x"
 
 
 def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -> list[str]:
