@@ -44,7 +44,8 @@ follows](faq.md#should-i-prune-at-all).
 - *Prefill* (256 tokens) and *decode* (32 tokens, one sequence) are tokens a second ÷ those of the
   dense model's F16 file in the same round; medians of the rounds, two threads on two cores.
 - Pruned by default, seed 0: SmolLM2 in free shapes and 160 steps, Gemma in uniform shapes and 80,
-  since llama.cpp has no free shapes for it. Both dense models come from files of 4 bits.
+  since llama.cpp has no free shapes for it. The 50 % model of SmolLM2 went on from step 120 of an
+  older run, to read own answers. Both dense models come from files of 4 bits.
 
 """
 _PLANS = """\
