@@ -53,7 +53,7 @@ from nuteprune.judge.answers import LOOPS, TOKENS, ends_of, repeated
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m")
 """Kinds of files that llama.cpp makes of a plain one."""
-BLOCKS = 12
+BLOCKS = 6
 TIMED = (256, 32)
 """Tokens of a prompt, and of an answer, that speed is measured with."""
 K_BLOCK = 256
@@ -65,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser_of().parse_args(arguments)
     quiet_libraries()
     require_binding()
+    if args.time and not (args.json and args.files):
+        raise UserError("--time: pass the --json and the --files of an earlier run")
+    if not args.time and not args.other_text:
+        raise UserError("pass --other-text, the folder of jsonl files to judge by")
+    if args.files:
+        args.files.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"prompts": {}, "rows": []}
     if args.json and args.json.is_file():
         result = json.loads(args.json.read_text(encoding="utf-8"))
@@ -113,7 +119,7 @@ def rows(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str,
     named = [tuple(x.split("=", 1)) for x in args.pruned]
     if any(len(x) < 2 for x in named):
         raise UserError("--pruned: pass NAME=FOLDER, the name that the table has")
-    dense, subject = subjects.folder(args.subject), args.subject
+    dense, subject = subjects.folder(args.subject), name_of(args)
     models = {DENSE: dense} | {name: Path(folder) for name, folder in named}
     known = {(x["subject"], x["model"], x["type"]) for x in result["rows"]}
     kinds = args.types.split(",")
@@ -143,6 +149,11 @@ def rows(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str,
                     file.unlink()
 
 
+def name_of(args: argparse.Namespace) -> str:
+    """Return what rows call the subject: its name, or that of its folder."""
+    return Path(args.subject).name
+
+
 def kept(folder: Path, subject: str, model: str, kind: str) -> Path:
     """Return where a GGUF file is."""
     return folder / f"{subject}, {model}, {kind}.gguf"
@@ -150,7 +161,7 @@ def kept(folder: Path, subject: str, model: str, kind: str) -> Path:
 
 def time_files(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Add the tokens a second of prompts and answers to the rows of a subject, round by round."""
-    rows = [x for x in result["rows"] if x["subject"] == args.subject]
+    rows = [x for x in result["rows"] if x["subject"] == name_of(args)]
     for row in rows:
         row["threads"], row["prefill"], row["decode"] = torch.get_num_threads(), [], []
     for _ in range(args.time):

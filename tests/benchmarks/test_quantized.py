@@ -46,6 +46,16 @@ def test_the_page_says_what_follows_from_the_results() -> None:
         own = ratios[small, model, tables.PLAIN]
         costs = (100 * (ratios[small, model, x] / own - 1) for x in ("q8_0", "q4_k_m"))
         assert words.format(*costs) in text
+    for subject, model, kind, what, words in (
+        (small, "50 %, 160 steps", "f16", "prefill", "50 % of SmolLM2 {:.1f} times"),
+        (small, tables.DENSE, "q4_k_m", "prefill", "slower than F16 ({:.1f} and"),
+        (small, tables.DENSE, "q5_k_m", "prefill", "and {:.1f})"),
+        (small, tables.DENSE, "q8_0", "decode", "Q8_0 writes {:.1f} times"),
+        (small, "20 %, 160 steps", "q8_0", "decode", "cut of SmolLM2 in Q8_0 {:.1f} times"),
+        (gemma, "131,072 tokens", "f16", "decode", "131,072 tokens alone gain {:.1f},"),
+        (gemma, "131,072 tokens", "q8_0", "decode", "with Q8_0 {:.1f}"),
+    ):
+        assert words.format(tables.speed(ROWS[subject, model, kind], RESULT, what)) in text
     loops = [x["looping"] for x in RESULT["rows"] if x["subject"] == small]
     assert f"at most {max(loops)} loop" in page
     assert ROWS[whole]["looping"] == 0

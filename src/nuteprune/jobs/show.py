@@ -88,7 +88,7 @@ def print_plan(job: PruneJob, run: Run, output: Output) -> None:
     if embedded > LARGE and not job.vocab:
         output.line(
             f"Note    the embedding has {embedded:.0%} of all parameters, and this run keeps it; "
-            "--vocab auto removes the tokens that are hardly needed"
+            "--vocab auto removes tokens that the text hardly needs"
         )
     if job.specs == [DEMO] and job.model != DEMO:
         output.line(
