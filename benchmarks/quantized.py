@@ -46,10 +46,11 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.cli.app import quiet_libraries
 from nuteprune.data.prompts import Prompts, make_prompts
 from nuteprune.data.specs import DEMO
+from nuteprune.data.tokens import ends_of
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.write import write_gguf
 from nuteprune.jobs.sources import load_model, load_tokenizer
-from nuteprune.judge.answers import LOOPS, TOKENS, ends_of, repeated
+from nuteprune.judge.answers import LOOPS, TOKENS, repeated
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m")
 """Kinds of files that llama.cpp makes of a plain one."""

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nuteprune
 from nuteprune.errors import UserError
 from nuteprune.export.loading import load_pruned
-from nuteprune.jobs.reproduce import recipe
+from nuteprune.judge.report import settings as settings_of
 from tests.conftest import Run, json_of
 
 pytestmark = pytest.mark.slow
@@ -175,7 +176,7 @@ def test_one_run_does_what_vocab_and_prune_do_one_after_the_other(
     assert f"cut to {KEEP} of 300 tokens" in (out / "run" / "report.html").read_text()
     told = json_of(run, "inspect", out)
     assert told["parts"]["embedding and head"] == {"before": 32 * 300, "after": 32 * KEEP}
-    (tmp_path / "again.yaml").write_text(recipe(found))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings_of(found)))
     settings = ("--config", tmp_path / "again.yaml", "--device", "cpu")
     assert json_of(run, "prune", model, *settings, "--out", again)["config"] == found["config"]
     assert (again / "model.safetensors").read_bytes() == weights

@@ -15,8 +15,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.card import model_card, perplexities_of
 from nuteprune.export.record import read_record
 from nuteprune.jobs.inspect import shapes_of
-from nuteprune.jobs.reproduce import again
-from nuteprune.judge.report import headline, kept_rows, verdict
+from nuteprune.judge.report import headline, kept_rows, recoveries, settings, verdict
 from nuteprune.judge.run_files import RunFiles
 
 LAYER = {"heads": 4, "kv_heads": 2, "neurons": 48}
@@ -99,7 +98,8 @@ def use(record: dict[str, Any]) -> None:
     headline(record, None)
     verdict(RunFiles(Path("out"), Path("out/run"), record, [], [], None))
     learned_from(record)
-    again(record, "out")
+    settings(record)
+    list(recoveries(record))
     model_card(record, remote_code=False)
 
 

@@ -242,24 +242,6 @@ def test_what_is_out_of_reach_is_refused_with_the_most_that_is_not(name: str) ->
     assert all(kind in str(error.value) for kind in case.kinds)
 
 
-@each_case
-def test_what_is_out_of_reach_says_what_stays_of_the_smallest_model(name: str) -> None:
-    case = CASES[name]
-    smallest = min(case.shapes, key=case.shapes.__getitem__)
-    with pytest.raises(UserError) as error:
-        case.allocator.shape(random_scores(case, 0), 0.999)
-    said = str(error.value).split("since what stays is ")[1].split(";")[0]
-    pairs = list(zip(case.layers, smallest.layers, strict=True))
-    assert ("neurons of each MLP" in said) == any(0 < b.neurons < a.neurons for a, b in pairs)
-    assert ("head of each" in said) == all(0 < b.heads < a.heads for a, b in pairs)
-    assert ("KV head of each layer" in said) == (
-        "kv_groups" in case.kinds and all(b.kv_heads > 0 for _, b in pairs)
-    )
-    assert ("attention of the first layer" in said) == any(not b.heads for _, b in pairs)
-    assert ("of the width" in said) == (smallest.hidden < 16)
-    assert "expert" not in said
-
-
 def test_attention_of_the_first_layer_stays_whatever_its_score() -> None:
     case = CASES["blocks"]
     scores = {k: torch.ones(case.allocator.layout.units(k)) for k in case.kinds}

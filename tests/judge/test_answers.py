@@ -8,11 +8,11 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import ByT5Tokenizer
 
 from nuteprune.data.prompts import Prompts
+from nuteprune.data.tokens import ends_of
 from nuteprune.errors import UserError
 from nuteprune.judge.answers import (
     Pair,
     answer_both,
-    ends_of,
     entry_of,
     fresh,
     pick_samples,

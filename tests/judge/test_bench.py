@@ -14,7 +14,6 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.loading import load_pruned
 from nuteprune.judge.bench import (
     Timing,
-    advice,
     compare,
     say_ratio,
     summarize,
@@ -169,7 +168,7 @@ def test_speed_is_compared_pass_by_pass_and_with_what_was_cut() -> None:
 def work(**changes: int) -> Work:
     sizes = {"blocks": 160, "head": 40, "moved": 200, "queries": 0, "cached": 0} | changes
     blocks = {"attention_blocks": 3, "mlp_blocks": 3} | changes
-    return Work(**{"parameters": 200, "bytes_per_parameter": 4, "neurons": 96, **sizes, **blocks})
+    return Work(**{"parameters": 200, "bytes_per_parameter": 4, **sizes, **blocks})
 
 
 @pytest.mark.parametrize(
@@ -205,26 +204,19 @@ def measured(ratio: float, spread: float = 0.0) -> dict[str, dict[str, Any]]:
 def test_a_model_that_is_faster_is_told_how_near_to_its_bound() -> None:
     found = measured(1.9)
     assert found["decode"]["reached"] == pytest.approx(0.95)
-    assert advice([found, measured(1.2)], work()) == []
 
 
 @pytest.mark.parametrize("comparison", [measured(1.2, spread=0.3), measured(2.5)])
-def test_what_is_no_measurement_has_no_share_of_the_bound_and_no_reason(
+def test_what_is_no_measurement_has_no_share_of_the_bound(
     comparison: dict[str, dict[str, Any]],
 ) -> None:
     assert {x["verdict"] for x in comparison.values()} <= {"none", "noise"}
     assert {x["reached"] for x in comparison.values()} == {None}
-    assert advice([comparison], work()) == []
 
 
-def test_a_slower_model_is_told_what_may_slow_it() -> None:
+def test_a_slower_model_has_no_share_of_the_bound() -> None:
     found = measured(0.5)
     assert {x["reached"] for x in found.values()} == {None}
-    prefill, decode = advice([measured(1.9), found], work())
-    for phase, line in (("prefill", prefill), ("decode", decode)):
-        assert line.startswith(f"{phase} is slower than the dense model, 0.50 x at worst")
-        assert "multiples of 96" in line
-        assert "--set neuron_multiple=128" in line
 
 
 @pytest.fixture(scope="module")

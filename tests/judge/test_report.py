@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,14 @@ import pytest
 from nuteprune.data.fingerprint import text_kind
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
-from nuteprune.jobs.reproduce import again
-from nuteprune.judge import plots, report
+from nuteprune.judge import plots
 from nuteprune.judge.plots import COLOURS, POINTS
-from nuteprune.judge.report import kept_rows, verdict
+from nuteprune.judge.report import kept_rows, recoveries, settings, verdict, write_report
 from nuteprune.judge.run_files import read_run
 from tests.export.test_card import BESIDE
 from tests.undrawn import leave_blank
 
 pytestmark = pytest.mark.slow
-
-write_report = partial(report.write_report, again=again)
 
 
 @pytest.fixture
@@ -234,7 +230,8 @@ def test_a_finished_run_has_all_that_is_known_and_nothing_from_outside(tmp_path:
         "and it runs 1.25 × as fast",
         "first token, ms 90.00 60.00 × 1.50",
         "upon a time",
-        "--set seed=7",
+        "nuteprune prune owner/model --config FILE",
+        "seed: 7",
     ):
         assert expected in page.text
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -629,7 +626,24 @@ def test_plots_go_into_the_place_that_the_card_keeps(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == "# My own card\n"
 
 
-# --- the command -----------------------------------------------------------------------------
+# --- the settings ----------------------------------------------------------------------------
+
+
+def test_the_settings_of_a_run_are_told() -> None:
+    config = {"model": "m", "target_sparsity": [0.1, 0.2], "save_steps": 50, "eval_data": None}
+    record = {"config": config, "seed": 7}
+    assert settings(record) == {"target_sparsity": [0.1, 0.2], "seed": 7}
+    assert settings({"config": {"model": "m", "keep": 300}, "seed": 0}) == {"keep": 300}
+    assert settings({}) == {}
+
+
+def test_recoveries_are_told_in_their_order(tmp_path: Path) -> None:
+    first = {"data": "a b.txt", "eval_data": None, "steps": 5, "sequences": 9, "seed": 3}
+    second = {"data": "demo", "steps": 7, "earlier": first}
+    told = list(recoveries({"recover": second}))
+    assert told == [{"data": "a b.txt", "steps": 5, "seed": 3}, {"data": "demo", "steps": 7}]
+    page = page_of(a_run(tmp_path / "out", a_record(recover=second), None))
+    assert "data: a b.txt steps: 5 seed: 3" in page.text
 
 
 def test_reports_do_not_depend_on_the_working_folder(
@@ -638,5 +652,4 @@ def test_reports_do_not_depend_on_the_working_folder(
     folder = a_run(tmp_path / "out", a_record(), some_steps())
     monkeypatch.chdir(folder)
     assert write_report(Path()) == folder.resolve() / "run/report.html"
-    assert "--out out" in Page(folder / "run/report.html").text
     assert os.listdir(tmp_path) == ["out"]

@@ -396,10 +396,8 @@ def test_active_parameters_can_be_asked_for(tiny_model) -> None:
     shape = allocator.shape(allocator.chance_scores(), target.goal)
     assert 22_000 < priced.of_a_token(shape)["active_after"] <= 26_000
     few = NutePruneConfig(output_dir="unused", gates="experts", target_active_params=20_000)
-    with pytest.raises(UserError, match=r"leave at least .* a token goes through") as error:
+    with pytest.raises(UserError, match=r"leave at least .* a token goes through"):
         run_targets(make_allocator(anatomy, few), few, priced)
-    reason = "since what stays is 2 experts of each layer, as many as a token takes and all that"
-    assert reason in str(error.value)  # of neurons and KV heads these gates say nothing
 
 
 @pytest.mark.parametrize("gates", ["experts", "experts,expert_neurons", "kv_groups"])

@@ -44,5 +44,5 @@ def test_no_gate_removes_it(budget: Budget) -> None:
         (False, False),
         (False, False),
     ]
-    with pytest.raises(UserError, match="what stays is attention of the first layer that has any"):
+    with pytest.raises(UserError, match="out of reach"):
         allocator.shape(allocator.equal_scores(), 0.99)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nuteprune.judge.answers import repeated
+from nuteprune.judge import answers
+from nuteprune.judge.answers import repeated, repeats
 from nuteprune.processes import ALONE
 from nuteprune.train import own_answers
-from nuteprune.train.own_answers import OwnAnswers, prompts_in, repeats
+from nuteprune.train.own_answers import OwnAnswers, prompts_in
 
 from .conftest import LENGTH, make
 
@@ -111,7 +112,7 @@ def test_what_repeats_gets_less_likely(
     tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(own_answers, "LAST", 0.5)
-    monkeypatch.setattr(own_answers, "GRAM", 1)
+    monkeypatch.setattr(answers, "GRAM", 1)
     write, written = OwnAnswers.write, []
 
     def noted(answers: OwnAnswers, *args: Any) -> None:

@@ -215,11 +215,10 @@ def report(
     """
     check_writable("RUN", folder)
     from nuteprune.console import Output
-    from nuteprune.jobs.reproduce import again
     from nuteprune.judge.report import PLOTS, write_report
 
     def work(output: Output) -> dict[str, Any]:
-        page = write_report(folder, again)
+        page = write_report(folder)
         plots = sorted((page.parent / PLOTS).glob("*.png"))
         output.line(f"Report  {page}")
         output.line(f"Plots   {page.parent / PLOTS} ({', '.join(path.stem for path in plots)})")

@@ -207,7 +207,7 @@ def openings(
         asks = asks[len(start) :]
     if len(asks) + len(answers) > most // 2 or max([*asks, *answers], default=0) >= known:
         asks = answers = []
-    ends = _ends(model, tokenizer) | set(between)
+    ends = ends_of(model, tokenizer) | set(between)
     readable = start if max(start, default=0) < known else []
     firsts = _in_drawn_order(model, readable, _firsts(tokenizer, known, special), seed)
     return Openings(
@@ -260,7 +260,8 @@ def _in_drawn_order(
     return [firsts[i] for i in keys_n.argsort(descending=True, stable=True).tolist()]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end an answer, by the model's settings and by its tokenizer."""
     config = getattr(model, "generation_config", None) or model.config
     named = getattr(config, "eos_token_id", None)
     ends = named if isinstance(named, list) else [named]

@@ -142,33 +142,9 @@ class Allocator:
             f"add kinds to --gates ({', '.join(further)})" if further else "no kind reaches further"
         )
         return (
-            f"{goal.name} is out of reach: gates on {', '.join(kinds)} {goal.reach(least)} here, "
-            f"since what stays is {self._least_kept()}; "
+            f"{goal.name} is out of reach: gates on {', '.join(kinds)} {goal.reach(least)} here; "
             f"{goal.instead}{', or ' if further else ': '}{more}"
         )
-
-    def _least_kept(self) -> str:
-        """Return the smallest shape that `Options` allows."""
-        kinds, budget = self.constraints.kinds, self.budget
-        neurons = f"a multiple of {self.constraints.neuron_multiple} neurons of each"
-        grouped = any(x.heads_per_group > 1 for x in budget.shape.layers)
-        found = {
-            "heads": f"one {'query head of each KV head' if grouped else 'head of each layer'}",
-            "kv_groups": "one KV head of each layer",
-            "attn_block": "attention of the first layer that has any",
-            "neurons": f"{neurons} MLP",
-            "experts": f"{budget.per_token} experts of each layer, as many as a token takes",
-            "expert_neurons": f"{neurons} expert",
-            "hidden": f"a multiple of {self.constraints.hidden_multiple} of the width",
-        }
-        narrower = {
-            "kv_groups": ("heads",),
-            "attn_block": ("heads", "kv_groups"),
-            "mlp_block": ("neurons", "experts", "expert_neurons"),
-        }
-        within = {x for kind in kinds for x in narrower.get(kind, ())}
-        kept = ", ".join(x for k, x in found.items() if k in kinds and k not in within)
-        return f"{kept} and all that has no gates" if kept else "all that has no gates"
 
     def equal_scores(self) -> dict[str, Tensor]:
         """Return scores (N,) of 1 for every kind in use: used before units are scored."""

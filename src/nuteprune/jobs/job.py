@@ -1,6 +1,6 @@
 """What a job is asked to do: its settings, each declared once.
 
-The command line, the Python calls, `--set`, YAML files, records and commands that reproduce a run
+The command line, the Python calls, `--set`, YAML files, records and reports
 are derived from what the dataclasses here and in `train.config` declare.
 """
 

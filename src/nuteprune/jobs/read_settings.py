@@ -10,7 +10,6 @@ import reprlib
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from importlib import import_module
 from numbers import Number
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from nuteprune.data.specs import refuse_self
-from nuteprune.errors import RunFailed, UserError
+from nuteprune.errors import RunFailed, UserError, did_you_mean
 from nuteprune.files import at_home
 from nuteprune.jobs.job import Job, PruneJob
 from nuteprune.train.asked import SETTINGS, check_one
@@ -225,9 +224,7 @@ def check(settings: Mapping[str, Any], kinds: Sequence[type], call: bool = True)
             others = [x.name for x in dataclasses.fields(NutePruneConfig) if x.init]
             known = {x: (x, hints[x]) for x in others if x not in _REFUSED} | known
         if given not in known:
-            near = get_close_matches(given, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown setting {_short(repr(given))}{hint}")
+            raise UserError(f"unknown setting {_short(repr(given))}{did_you_mean(given, known)}")
         key, hint_of = known[given]
         if key in checked:
             raise UserError(f"setting {key} is given twice, once as {given}: pass it once")

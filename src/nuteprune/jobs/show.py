@@ -15,7 +15,6 @@ from nuteprune.errors import RunFailed, UserError
 from nuteprune.export.card import figure_rows
 from nuteprune.gates.budget import Budget
 from nuteprune.jobs.job import PruneJob
-from nuteprune.jobs.reproduce import again
 from nuteprune.jobs.sources import held_in_mxfp4, read_config, stored_dtype
 from nuteprune.judge.perplexity import mean
 from nuteprune.judge.run_files import read_samples
@@ -116,7 +115,7 @@ def print_report(folder: Path, output: Output) -> None:
     from nuteprune.judge.report import write_report  # matplotlib, which little else needs
 
     try:
-        output.line(f"Report  {write_report(folder, again)}")
+        output.line(f"Report  {write_report(folder)}")
     except (UserError, RunFailed) as error:
         output.line(f"Report  none: {error}")
 

@@ -20,7 +20,7 @@ from nuteprune.export.hub import folder_of
 from nuteprune.export.record import weights_size
 from nuteprune.files import write_json
 from nuteprune.jobs.sources import load_model, locate, pick_device, pick_dtype
-from nuteprune.judge.bench import Timing, advice, compare, say_ratio, summarize
+from nuteprune.judge.bench import Timing, compare, say_ratio, summarize
 from nuteprune.judge.work import Workload
 from nuteprune.judge.worker import Worker
 from nuteprune.model.family_file import from_dict, to_dict
@@ -121,7 +121,6 @@ def measure(
         **{x: getattr(first, x) for x in ("hardware", "threads", "attention")},
         "models": models,
         "settings": measured,
-        "advice": advice([x["speedup"] for x in measured if "speedup" in x], first.work),
         "device": how.device,
         "dtype": dtype_name(how.dtype),
         "repeats": repeats,
@@ -177,7 +176,7 @@ def for_report(found: dict[str, Any]) -> dict[str, Any]:
             ratio = setting["speedup"][phase]
             kept = {k: ratio[k] for k in ("low", "high", "bound", "verdict")}
             rows.append({**row, "better": better, "gain": ratio["median"], **kept})
-    return {"conditions": conditions(found), "rows": rows, "notes": [*notes, *found["advice"]]}
+    return {"conditions": conditions(found), "rows": rows, "notes": notes}
 
 
 def _against_bound(ratio: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from nuteprune.data.decoding import fitting
 from nuteprune.data.prompts import Prompts
-from nuteprune.data.tokens import texts_of
+from nuteprune.data.tokens import ends_of, texts_of
 from nuteprune.errors import UserError
 from nuteprune.model.forwards import evaluating, heads_as_tokens, last_logits
 from nuteprune.model.weights import is_sharded
@@ -70,24 +70,23 @@ class Pair:
     nats: tuple[float, float]
 
 
+def repeats(ids: Sequence[int]) -> Iterator[bool]:
+    """Yield for each token of an answer whether it completes a 4-gram again."""
+    seen = set[tuple[int, ...]]()
+    for i in range(1, len(ids) + 1):
+        gram = tuple(ids[max(0, i - GRAM) : i])
+        yield gram in seen
+        seen |= {gram} if len(gram) == GRAM else set()
+
+
 def repeated(ids: Sequence[int]) -> float:
     """Return the share of an answer's 4-grams that repeat an earlier one."""
-    grams = _grams(ids)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return sum(repeats(ids)) / max(1, len(ids) - GRAM + 1)
 
 
 def fresh(ids: Sequence[int]) -> int:
     """Return how many tokens of an answer come before its first repeated 4-gram."""
-    seen = set[tuple[int, ...]]()
-    for i, gram in enumerate(_grams(ids)):
-        if gram in seen:
-            return i
-        seen.add(gram)
-    return len(ids)
-
-
-def _grams(ids: Sequence[int]) -> list[tuple[int, ...]]:
-    return [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
+    return next((i - GRAM + 1 for i, again in enumerate(repeats(ids)) if again), len(ids))
 
 
 def answer_both(
@@ -122,13 +121,6 @@ def answer_both(
     figures = team.by_rows(len(rows), compared).tolist()
     told: Any = zip(prompts.texts, *both, figures, strict=True)
     return [Pair(text, own, other, x[0], int(x[1]), (x[2], x[3])) for text, own, other, x in told]
-
-
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokens that end an answer, by the model's settings and by its tokenizer."""
-    named = cast(Any, model).generation_config.eos_token_id
-    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    return frozenset(x for x in ends if x is not None)
 
 
 def write(

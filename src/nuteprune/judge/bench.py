@@ -162,22 +162,3 @@ def say_ratio(ratio: Mapping[str, Any]) -> str:
     found = ratio["verdict"]
     said = {"noise": "noise, above its bound", "none": "no difference measured"}
     return said.get(found) or f"{ratio['median']:.2f} x"
-
-
-def advice(comparisons: Sequence[Mapping[str, Mapping[str, Any]]], work: Work) -> list[str]:
-    """Return what to say where a model measured slower, though there is less work.
-
-    Args:
-        comparisons: of each setting, from `compare`.
-        work: the model's.
-    """
-    lines = []
-    for phase in ("prefill", "decode"):
-        ratios = [found[phase] for found in comparisons]
-        if slower := [x["median"] for x in ratios if x["verdict"] == "slower"]:
-            lines.append(
-                f"{phase} is slower than the dense model, {min(slower):.2f} x at worst: kernels do "
-                f"not suit the sizes that are left, neurons in multiples of {work.neurons}; most "
-                "suit --set neuron_multiple=128"
-            )
-    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,20 @@ PLOTS = "plots"
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # no part of an HTML page
 
 
-Again = Callable[[Mapping[str, Any], str], tuple[list[list[str]], str]]
-"""From a record (empty if there is none) and a folder's name to the commands, each in parts that
-fit a line, and the settings in YAML that make it again."""
+BOOKKEEPING = frozenset({"model", "save_steps", "save_total_limit", "dataloader_pin_memory"})
+"""What a record keeps of a run's settings that changes no result, and the model."""
+TUNED = (
+    *("data", "text_column", "template", "eval_data", "steps", "batch_size", "length"),
+    *("learning_rate", "lora_rank", "dtype", "seed"),
+)
+"""What a record keeps of a recovery that is an option of `recover`."""
 
 
-def write_report(folder: Path, again: Again) -> Path:
+def write_report(folder: Path) -> Path:
     """Write the report of a run, its plots, and these into the model card if there is one.
 
     Args:
         folder: the output folder of `prune`, or its run/ folder; see `run_files` for what is read.
-        again: tells how to make the run again.
 
     Returns:
         The HTML file, run/report.html.
@@ -58,7 +61,7 @@ def write_report(folder: Path, again: Again) -> Path:
     """
     files = read_run(Path(folder))
     drawn = {plot.name: plot for plot in _drawn(files)}
-    page = render(files, drawn, again)
+    page = render(files, drawn)
     target = files.run / REPORT
     with writing(f"the report to {files.run}"):
         (files.run / PLOTS).mkdir(parents=True, exist_ok=True)
@@ -95,13 +98,12 @@ def kept_rows(record: Mapping[str, Any]) -> list[LayerRow]:
     return [heads, *([] if alike else [groups]), *(row(SAID[x], x) for x in inner)]
 
 
-def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
+def render(files: RunFiles, drawn: Mapping[str, Plot]) -> str:
     """Return the page of a run.
 
     Args:
         files: the run.
         drawn: its plots by name.
-        again: tells how to make the run again.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nuteprune.judge"),
@@ -118,7 +120,6 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
     }
     record = files.record or {}
-    commands, recipe = again(record, files.folder.name)
     return environment.get_template("report.html").render(
         name=str(record.get("base_model") or files.folder.name),
         record=record,
@@ -131,9 +132,25 @@ def render(files: RunFiles, drawn: Mapping[str, Plot], again: Again) -> str:
         taught=any("token_kl" in line for line in files.metrics),
         plots=drawn,
         points=POINTS,
-        commands=commands,
-        recipe=recipe,
+        settings=settings(record),
+        recoveries=list(recoveries(record)),
     )
+
+
+def settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run, as `--config` reads them: with its seed, without the model."""
+    given = dict(record.get("config", {}))
+    if given and "keep" not in given:  # `vocab` draws nothing
+        given["seed"] = record.get("seed")
+    return {x: value for x, value in given.items() if x not in BOOKKEEPING and value is not None}
+
+
+def recoveries(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the options of each `recover` after the run, the first one first."""
+    entry = record.get("recover")
+    if entry:
+        yield from recoveries({"recover": entry.get("earlier")})
+        yield {x: entry[x] for x in TUNED if entry.get(x) is not None}
 
 
 def _complete_card(files: RunFiles, drawn: Mapping[str, Plot]) -> None:

@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.errors import UserError, in_one_line
+from nuteprune.errors import UserError, did_you_mean, in_one_line
 
 SUITES: Final[Mapping[str, tuple[str, ...]]] = {
     "commonsense7": (
@@ -218,8 +217,7 @@ def _manager(names: list[str], include_path: Path | None) -> Any:
         manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
-            near = get_close_matches(name, [*SUITES, *manager.all_tasks], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, (*SUITES, *manager.all_tasks))
             raise UserError(f"the harness knows no task {name!r}{hint}")
     return manager
 

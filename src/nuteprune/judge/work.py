@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -39,7 +38,6 @@ class Work:
         moved: those that a decoded token reads: without an embedding that is only looked up, and
             without experts that it is not routed to.
         bytes_per_parameter: as the model is held in memory.
-        neurons: greatest common divisor of the neuron counts of layers and of experts.
         queries: features of all layers' queries.
         cached: keys and values that all layers keep of a token.
         attention_blocks: number of attention blocks, each one round of calls.
@@ -55,7 +53,6 @@ class Work:
     head: int
     moved: int
     bytes_per_parameter: int
-    neurons: int
     queries: int
     cached: int
     attention_blocks: int
@@ -81,7 +78,6 @@ class Work:
             anatomy.head.weight.numel(),
             everything - table - idle,
             model.dtype.itemsize,
-            math.gcd(*(n for x in layers for n in (x.neurons, x.expert_neurons))),
             anatomy.head_dim * sum(layer.heads for layer in layers),
             round(anatomy.cached_features * sum(layer.kv_heads for layer in layers)),
             sum(layer.mixes for layer in layers),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,7 +11,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedConfig
 
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, did_you_mean
 from nuteprune.model.family import GATE_KINDS, Family, Projection
 from nuteprune.model.shape import LayerShape, axis_sizes
 
@@ -49,9 +48,7 @@ class FamilyFile:
         values = {}
         for key, value in content.items():
             if key not in hints:
-                near = get_close_matches(str(key), hints, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise self.wrong((str(key),), f"no such key{hint}")
+                raise self.wrong((str(key),), f"no such key{did_you_mean(str(key), hints)}")
             values[key] = self._read((key,), hints[key], value)
         if missing := [key for key in NEEDED if key not in values]:
             raise UserError(f"{path}: the key {missing[0]} is missing")

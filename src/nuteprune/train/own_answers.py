@@ -12,7 +12,7 @@ Shape suffixes: B blocks of a batch, N blocks in all, T tokens of a block.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from nuteprune.data.decoding import seconds_per_token
-from nuteprune.data.tokens import after, bos_of, chat_marks
-from nuteprune.judge.answers import GRAM, ends_of, write
+from nuteprune.data.tokens import after, bos_of, chat_marks, ends_of
+from nuteprune.judge.answers import repeats, write
 from nuteprune.processes import Team
 
 LAST = 0.15
@@ -122,15 +122,6 @@ class OwnAnswers:
         rows = [(first + i) % count for i in range(size * bool(count))]
         self.read += 1
         return self.ids_NT[rows].to(args.device), self.repeats_NT[rows].to(args.device)
-
-
-def repeats(answer: Sequence[int]) -> Iterator[bool]:
-    """Yield for each token whether it completes a 4-gram of the answer again."""
-    seen = set[tuple[int, ...]]()
-    for i in range(1, len(answer) + 1):
-        gram = tuple(answer[max(0, i - GRAM) : i])
-        yield gram in seen
-        seen |= {gram} if len(gram) == GRAM else set()
 
 
 def own_answers(
