@@ -160,3 +160,15 @@ def test_tokens_that_a_tokenizer_does_not_know_are_no_text() -> None:
         tokenizer.decode([500])
     row = pick_samples([Pair("q", [107, 108], [500], 0, 0, (0, 0))], tokenizer)[0]
     assert row == {"which": "median", "prompt": "q", "dense": "hi", "pruned": ""}
+
+
+def test_the_head_reads_the_ends_of_prompts_in_one_product(
+    tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = tiny_model("llama"), []
+    forward = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: read.append(x.stride()) or forward(x))
+    written(model, ASKED, (), 2)
+    width = model.config.hidden_size
+    assert read == [(width, width, 1)] * 2
+    assert not model.lm_head._forward_pre_hooks

@@ -81,18 +81,20 @@ def test_the_stock_function_is_back_after_a_failure() -> None:
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is STOCK
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
 def test_last_logits_are_the_stock_model_s_and_read_what_lies_together(
-    tiny_model, monkeypatch: pytest.MonkeyPatch
+    sequences: int, tiny_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("gemma2")  # which caps its logits
-    ids = torch.arange(3, 39).view(3, 12)
+    ids = torch.arange(3, 3 + 12 * sequences).view(sequences, 12)
     with torch.no_grad():
         whole = model(ids).logits
         read, forward = [], model.lm_head.forward
         monkeypatch.setattr(model.lm_head, "forward", lambda x: read.append(x) or forward(x))
         apart = model(ids, logits_to_keep=5).logits
         ours = last_logits(model, ids, 5)
-    assert [x.is_contiguous() for x in read] == [False, True]
+    width = model.config.hidden_size
+    assert [x.stride() for x in read] == [(n * width, width, 1) for n in (12, 5)]
     torch.testing.assert_close(ours, whole[:, -5:])
     torch.testing.assert_close(ours, apart)
     assert not model.lm_head._forward_pre_hooks

@@ -23,7 +23,7 @@ from nuteprune.data.decoding import fitting
 from nuteprune.data.prompts import Prompts
 from nuteprune.data.tokens import ends_of, texts_of
 from nuteprune.errors import UserError
-from nuteprune.model.forwards import evaluating, heads_as_tokens, last_logits
+from nuteprune.model.forwards import evaluating, head_at_once, heads_as_tokens, last_logits
 from nuteprune.model.weights import is_sharded
 from nuteprune.processes import ALONE, Team
 
@@ -175,7 +175,7 @@ def write(
             found_Nn[here, : made_BT.shape[1] - longest] = made_BT[:, longest:].cpu()
         return found_Nn
 
-    with evaluating(model), _plain(model, ends), heads_as_tokens():
+    with evaluating(model), _plain(model, ends), head_at_once(model), heads_as_tokens():
         found = team.by_rows(len(prompts), answers).tolist()
     return [_up_to_end(row, ends) for row in found]
 
