@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 from html import unescape
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, TrainerCallback
 
 from nuteprune import NutePruneConfig, NutePruneTrainer
@@ -105,14 +105,9 @@ def test_plain_text_lowers_perplexity_and_keeps_the_record(
     assert "it was fine-tuned for 12 steps on" in page
     assert "grows sparse" not in page
     assert "nan" not in page.split("<main>")[1]
-    (found,) = re.findall(r"<code>(nuteprune prune.*?)</code>", page, re.S)
-    pruning, tuning = unescape(found).split("\nnuteprune recover ")
-    assert pruning.endswith("--out out-0")
-    words = shlex.split(tuning.replace("\\\n", " "))
-    assert words[0] == "out-0"
-    told = dict(zip(words[1::2], words[2::2], strict=True))
-    assert told["--data"] == str(text)
-    assert (told["--steps"], told["--batch-size"], told["--out"]) == ("12", "4", "out")
+    (found,) = re.findall(r"<code>nuteprune recover</code>.*?<code>(.*?)</code>", page, re.S)
+    told = yaml.safe_load(unescape(found))
+    assert (told["data"], told["steps"], told["batch_size"]) == (str(text), 12, 4)
 
     code, stdout, stderr = run(*options(out, tmp_path / "more", *asked), "--json")
     assert code == 0, stderr

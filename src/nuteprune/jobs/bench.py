@@ -125,8 +125,6 @@ def _print(found: dict[str, Any], output: Output) -> None:
             "token (decode), or calls made. Above it a ratio is noise; one whose range covers 1 "
             "tells no difference"
         )
-    for line in found["advice"]:
-        output.line(line)
 
 
 def _print_setting(setting: dict[str, Any], where: str, output: Output) -> None:
