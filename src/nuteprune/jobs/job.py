@@ -1,7 +1,7 @@
 """What a job is asked to do: its settings, each declared once.
 
-The command line, the Python calls, `--set`, YAML files, records and reports
-are derived from what the dataclasses here and in `train.config` declare.
+The command line, the Python calls, `--set`, YAML files and records are derived from what the
+dataclasses here and in `train.config` declare.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A declaration has name, default, help, choices, bounds and option in one place. Settings are fields
 of dataclasses: `train.config` declares those of a run, `jobs.job` those of a whole job. Checks, the
-command line, YAML files, `--set`, records and reports are derived from the declarations. Resuming,
-reports and records read run/settings.json.
+command line, YAML files, `--set` and records are derived from the declarations. Resuming, reports
+and records read run/settings.json.
 """
 
 from __future__ import annotations
