@@ -16,10 +16,12 @@ import pytest
 from nuteprune.data.fingerprint import text_kind
 from nuteprune.errors import UserError
 from nuteprune.export.card import model_card
+from nuteprune.jobs.job import RecoverJob
 from nuteprune.judge import plots
 from nuteprune.judge.plots import COLOURS, POINTS
-from nuteprune.judge.report import kept_rows, recoveries, settings, verdict, write_report
+from nuteprune.judge.report import TUNED, kept_rows, recoveries, settings, verdict, write_report
 from nuteprune.judge.run_files import read_run
+from nuteprune.train.declared import CALL, declared
 from tests.export.test_card import BESIDE
 from tests.undrawn import leave_blank
 
@@ -635,6 +637,12 @@ def test_the_settings_of_a_run_are_told() -> None:
     assert settings(record) == {"target_sparsity": [0.1, 0.2], "seed": 7}
     assert settings({"config": {"model": "m", "keep": 300}, "seed": 0}) == {"keep": 300}
     assert settings({}) == {}
+
+
+def test_all_that_a_recovery_was_asked_for_is_told() -> None:
+    asked = {x.word for x in declared(RecoverJob).values() if x.option and not x.flag}
+    here = {x.word for x in declared(RecoverJob).values() if x.role == CALL}
+    assert set(TUNED) == asked - here - {"accumulation", "save_steps", "device", "epochs"}
 
 
 def test_recoveries_are_told_in_their_order(tmp_path: Path) -> None:

@@ -110,6 +110,12 @@ class Anatomy:
         """Whether the language head is the embedding matrix."""
         return self.head.weight is self.embedding.weight
 
+    @property
+    def head_path(self) -> str:
+        """Where the language head is in the causal LM."""
+        paths: dict[nn.Module, str] = {x: path for path, x in self.model.named_modules()}
+        return paths[self.head]
+
     def projection(self, layer: int, projection: Projection) -> Any:
         """Return a layer's projection (the LoRA layer where PEFT wraps it), None if it is gone."""
         module = _at(self.layers[layer], projection.path)

@@ -63,6 +63,11 @@ class Projection:
             return rows * columns
         return rows if self.columns == "hidden" else columns
 
+    @property
+    def serves_queries_or_values(self) -> bool:
+        """Whether the outputs are queries or values, alone or fused with keys."""
+        return self.columns == "hidden" and "k_proj" not in self.path
+
 
 @dataclass(frozen=True)
 class Experts:

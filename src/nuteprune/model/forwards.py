@@ -125,9 +125,9 @@ def special_tokens_kept(model: nn.Module) -> Iterator[None]:
 def head_at_once(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """Within this context, a causal LM's head reads all tokens in one product.
 
-    The last tokens of sequences do not lie beside each other. So torch multiplies them sequence by
-    sequence, in half precision each with a copy of the whole head: 20 times as slow where the
-    vocabulary is large. That is so of one sequence too, which `contiguous` leaves as it is.
+    The last tokens of sequences do not lie beside each other. Where the head is frozen, torch then
+    multiplies them sequence by sequence, in half precision each with a copy of the whole head
+    (figures in docs/log.md). It does so with one sequence too, which `contiguous` leaves as it is.
     """
     head: Any = model.get_output_embeddings()
 

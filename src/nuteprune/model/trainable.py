@@ -40,7 +40,7 @@ def add_lora(anatomy: Anatomy, queries_and_values: bool = False, **settings: Any
     family = anatomy.family
     chosen = [p for p in family.projections if p not in family.mixer[-1:]]
     if queries_and_values:
-        chosen = [p for p in family.attention if p.columns == "hidden" and "k_proj" not in p.path]
+        chosen = [p for p in family.attention if p.serves_queries_or_values]
     plain = [p for p in chosen if not family.experts or p in family.attention]
     prefix = family.layers.replace(".", r"\.")
     targets = rf"(.*\.)?{prefix}\.{_names(anatomy, plain)}"

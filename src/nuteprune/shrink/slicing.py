@@ -170,7 +170,7 @@ def _cut_outside(anatomy: Anatomy, masks: Masks) -> Tensors:
     family, width_D = anatomy.family, kept_units(masks.hidden)
     whole = anatomy.model.state_dict()
     state = {name: x for name, x in whole.items() if not name.startswith(f"{family.layers}.")}
-    head = next(f"{name}.weight" for name, x in anatomy.model.named_modules() if x is anatomy.head)
+    head = f"{anatomy.head_path}.weight"
     if anatomy.tied:
         state.pop(head, None)
     _select(state, f"{family.embedding}.weight", width_D, 1)
