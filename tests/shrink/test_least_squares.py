@@ -17,6 +17,7 @@ from nuteprune.model.trainable import add_lora
 from nuteprune.shrink import least_squares
 from nuteprune.shrink.least_squares import (
     FEEDBACK,
+    LEAST_GAIN,
     RIDGE,
     Fit,
     fit_projections,
@@ -183,16 +184,27 @@ CHANGES: dict[str, dict[str, Any]] = {
 SCALES = {"granite": (0.5, 0.5), "falcon_h1": (1.5, 0.6)}
 """By what attention and MLP are multiplied on their way to the stream, where that is not 1."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
+GEMMA_NORMS = ("input_layernorm", "pre_feedforward_layernorm")
 READS = {
     "llama": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "granite": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "gpt_neox": [f"gpt_neox.layers.{{}}.{norm}" for norm in NORMS],
     "falcon_h1": ["model.layers.{}.input_layernorm", "model.layers.{}.pre_ff_layernorm"],
-    "gemma2": [None, None],  # what blocks write goes through a norm
+    "gemma2": [f"model.layers.{{}}.{norm}" for norm in GEMMA_NORMS],
     "glm4_moe": [f"model.layers.{{}}.{norm}" for norm in NORMS],
     "qwen2_moe": ["model.layers.{}.input_layernorm", None],
 }
 """What blocks read the residual stream through, where what they write is added to it."""
+
+
+def times_behind(layer: Any, block: str) -> Tensor | float:
+    """Return what a wish for the stream is multiplied by, where Gemma's norm multiplies after."""
+    kind = "attention" if block == "attn_block" else "feedforward"
+    gain_D = 1 + layer.get_submodule(f"post_{kind}_layernorm").weight
+    least = (LEAST_GAIN**2 * gain_D.square().mean()).item()
+    return 1 / (gain_D + least / gain_D)
+
+
 KIND_OF_HEADS = {"gpt_neox": "heads"}
 
 
@@ -256,12 +268,15 @@ def fitted_anew(
                 x_MI = x_MI / (x_MI @ bases[path].T).square().mean(-1, keepdim=True).sqrt()
             kept_I = mask > 0
             weight_OI = linear.weight.clone()
-            if not kept_I.all():
+            if not kept_I.all() or norm is not None:  # heads of the first layer are gone
                 x_MK = x_MI[:, kept_I]
                 missing_MO = x_MI @ bases[path].T - x_MK @ weight_OI[:, kept_I].T
                 if norm is not None:
                     theirs, ours = (reads(x, norm.format(i), tokens_NT) for x in (intact, model))
-                    missing_MO += FEEDBACK / scale * (theirs - ours)
+                    wish_MO = FEEDBACK / scale * (theirs - ours)
+                    if name == "gemma2":
+                        wish_MO *= times_behind(intact.get_submodule(f"model.layers.{i}"), block)
+                    missing_MO += wish_MO
                 size = x_MK.shape[1]
                 share = ridge_of(x_MI.shape[1], len(x_MI))
                 inputs = torch.cat([x_MK, (share * x_MK.square().sum(0)).sqrt().diag()])

@@ -154,6 +154,11 @@ class Anatomy:
             return None
         return self.layers[layer].get_submodule(self.family.post_norms[block == "mlp_block"])
 
+    @property
+    def norm_offset(self) -> float:
+        """What norms add to their weights before they multiply by them."""
+        return 1.0 if self.family.norm.endswith("_1p") else 0.0
+
     def norms(self, layer: int) -> Iterator[nn.Module]:
         """Yield a layer's norms over the hidden width that are still there."""
         for path in self.family.norms:

@@ -52,8 +52,8 @@ class Covariance:
         self._size, self._device, self._weight_OI = size, device, weight_OI
         self._sum_II: Tensor | None = None
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in a batch of inputs (..., I)."""
+    def add(self, inputs: Tensor) -> Tensor:
+        """Take in a batch of inputs (..., I); return them (M, I) as they count."""
         rows_MI = inputs.reshape(-1, inputs.shape[-1]).float()
         if self._weight_OI is not None:
             output_MO = nn.functional.linear(inputs, self._weight_OI.to(inputs)).flatten(0, -2)
@@ -70,6 +70,7 @@ class Covariance:
                 sum_II[start:, start : start + PANEL].addmm_(rows_MI[:, start:].T, panel_MP)
 
         once(multiply, rows_MI, *rows_MI.shape)
+        return rows_MI
 
     def whole(self, team: Team) -> Tensor:
         """Return both triangles of the sum over all processes."""
@@ -197,6 +198,7 @@ class Layerwise:
 
         Returns:
             X^T X, and (other - H)^T X (D, I) of what `norm` reads here, H; None without a norm.
+            Where a norm follows the projection, X is divided as in `Covariance`.
         """
         module = self._anatomy.projection(layer, projection)
         around = self._anatomy.block(layer, projection)
@@ -324,9 +326,9 @@ class _Block:
 
     def on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the next batch's input of the projection; end the pass if that is all."""
-        self.products.add(args[0])
+        rows_MI = self.products.add(args[0])
         if len(self._lack_MD):
-            found_DI = product(self._lack_MD, args[0].flatten(0, -2))
+            found_DI = product(self._lack_MD, rows_MI.to(args[0].dtype))
             self.missing_DI = found_DI if self.missing_DI is None else self.missing_DI + found_DI
         keeps = self.module is not None and args[0].nbytes <= self._most
         if keeps:

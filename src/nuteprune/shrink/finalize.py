@@ -145,6 +145,5 @@ def _fold(linear: nn.Linear, rows_O: Tensor | None, columns_I: Tensor | None = N
 
 def scale_norm(anatomy: Anatomy, norm: nn.Module, factor: Tensor | float) -> None:
     """Multiply an RMSNorm's output by a factor, whether it multiplies by w or by 1 + w."""
-    offset = 1.0 if anatomy.family.norm == "rms_1p" else 0.0
-    weight = cast(Tensor, norm.weight)
+    offset, weight = anatomy.norm_offset, cast(Tensor, norm.weight)
     put(weight, (weight.float() + offset) * factor - offset)

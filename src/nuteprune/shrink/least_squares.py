@@ -4,7 +4,7 @@ Once heads and neurons are chosen, each output and down projection is fitted by 
 so that from the kept inputs alone it gives what it gave from all of them, with C = X^T X over the
 inputs X: W' = W C[:, kept] (C[kept, kept] + ridge)^-1. Layers are fitted in order, each on the
 activations of the already pruned and fitted layers before it. These have left the residual stream
-off the dense model's: a fit makes up for half of that too.
+off the dense model's: a fit makes up for half of that too, also in layers that lost nothing.
 
 A routed expert is heard as g x its output, with g the router's weight of a token. So its down
 projection is fitted on its own tokens, those that the pruned model routes to it, squared errors
@@ -42,6 +42,10 @@ FEEDBACK = 0.5
 """Share of the residual stream's error that the block which reads it makes up for. All of it fits
 noise: see docs/log.md. Blocks that stand side by side (GPT-NeoX, Phi, Cohere) read the same stream,
 and are asked for as much each; no such model was measured."""
+
+LEAST_GAIN = 0.1
+"""A norm behind a block multiplies each output by a gain, by which what the stream lacks is divided
+first: gains far below this share of their root mean square count as none."""
 
 RIDGE = 1e-1
 """Ridge: what is added to the diagonal of C, as a share of itself; more with few tokens."""
@@ -91,7 +95,7 @@ def fit_projections(
     Args:
         anatomy: the model, LoRA attached or merged; its weights have all their columns still.
         hooks: where masks multiply in it.
-        masks: the final masks; only layers that lost inputs are fitted.
+        masks: the final masks; layers are fitted from the first one on that lost inputs.
         batches: token ids (B, T) of calibration text, T the same in all.
         install: puts each fit into the model at once.
         progress: called after each layer.
@@ -100,7 +104,7 @@ def fit_projections(
         team: the processes that share the batches and the rows of the weights out.
     """
     layers = range(len(anatomy.layers))
-    ends = [_lost_inputs(anatomy, masks, i) for i in layers]
+    ends = _fitted_ends(anatomy, masks)
     thin = [None if install_stack is None else _lost_neurons(anatomy, masks, i) for i in layers]
     if not any(ends) and all(x is None for x in thin):  # as where whole experts go alone
         for _ in ends:
@@ -166,6 +170,9 @@ def _fit(
         target_OI = weight_of(without_lora(module)).to(torch.float32, copy=copies)
     if more_OI is not None:
         more_OI.mul_(FEEDBACK / anatomy.block_scale(block))
+        if (behind := anatomy.post_norm(layer, block)) is not None:
+            gain_O = weight_of(cast(nn.Linear, behind)).float() + anatomy.norm_offset
+            more_OI.mul_(_inverse_gain(gain_O).unsqueeze(-1))
     mask_I = mask_I.to(weight_OI)
 
     def fitted(rows: slice) -> Tensor:
@@ -177,18 +184,30 @@ def _fit(
     return Fit(fitted_OI, covariance_II.mul_(mask_I).mul_(mask_I[:, None]))
 
 
-def _lost_inputs(
-    anatomy: Anatomy, masks: Masks, layer: int
-) -> list[tuple[str, Projection, Tensor]]:
-    """Return (block, projection, mask) of a layer's output projections that lost inputs."""
-    masked = masks.inputs(layer)
-    return [
-        (block, projection, mask)
-        for block, projection in anatomy.ends(layer).items()
-        if (mask := masked[block]) is not None
-        and _lost(mask)
-        and anatomy.projection(layer, projection) is not None
-    ]
+def _fitted_ends(anatomy: Anatomy, masks: Masks) -> list[list[tuple[str, Projection, Tensor]]]:
+    """Return (block, projection, mask) of what is fitted in each layer.
+
+    These are the last projections that lost inputs, and those after them that have masks and can
+    make up for what the stream lacks by then.
+    """
+    found: list[list[tuple[str, Projection, Tensor]]] = [[] for _ in anatomy.layers]
+    lost = False
+    for i, own in enumerate(found):
+        masked, norms = masks.inputs(i), _norms_before(anatomy, i)
+        for block, projection in anatomy.ends(i).items():
+            mask = masked[block]
+            if mask is None or anatomy.projection(i, projection) is None:
+                continue
+            if _lost(mask) or (lost and block in norms):
+                lost = True
+                own.append((block, projection, mask))
+    return found
+
+
+def _inverse_gain(gain_O: Tensor) -> Tensor:
+    """Return 1 / gain (O,), and about gain / least^2 where that is small; see `LEAST_GAIN`."""
+    least = LEAST_GAIN * gain_O.square().mean().sqrt()
+    return gain_O / (gain_O.square() + least.square())
 
 
 def _lost(mask: Tensor) -> bool:
@@ -196,12 +215,12 @@ def _lost(mask: Tensor) -> bool:
 
 
 def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
-    """Return block -> norm of what it reads, where what it writes is added to that, or scaled."""
+    """Return block -> norm of what it reads, where what it writes is added to that."""
     found, mixture = {}, anatomy.mixture(layer)
     for block in BLOCK_KINDS:
         norm = anatomy.pre_norm(layer, block)
         weighed = mixture is not None and block == "mlp_block" and mixture.entry.shared_gate
-        if norm is not None and anatomy.post_norm(layer, block) is None and not weighed:
+        if norm is not None and not weighed:
             found[block] = norm
     return found
 
