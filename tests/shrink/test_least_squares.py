@@ -20,6 +20,7 @@ from nuteprune.shrink.least_squares import (
     LEAST_GAIN,
     RIDGE,
     Fit,
+    _inverse_gain,
     fit_projections,
     low_rank,
     ridge_fit,
@@ -53,6 +54,12 @@ def test_ridge_fit_is_least_squares_as_the_ridge_vanishes(monkeypatch) -> None:
     best = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
     assert torch.allclose(fitted[:, kept], best, atol=1e-3)
     assert (fitted[:, ~kept] == 0).all()
+
+
+def test_a_gain_of_zero_asks_for_nothing() -> None:
+    """Nor does a norm whose gains are all 0, which hears nothing of its block."""
+    assert _inverse_gain(torch.tensor([0.0, 2.0]))[0] == 0
+    assert (_inverse_gain(torch.zeros(3)) == 0).all()
 
 
 def test_few_tokens_for_each_input_mean_more_ridge() -> None:

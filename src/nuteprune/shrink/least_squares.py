@@ -53,7 +53,8 @@ TOKENS_EACH = 18
 """With fewer tokens for each input the ridge grows by as much, up to 1: else a fit to little text
 fits what is particular to it; see docs/log.md."""
 LEAST = 1e-30
-"""Ridge of an input that is always 0: the weights that read it stay as they are."""
+"""Ridge of an input that is always 0: the weights that read it stay as they are. Also the least that
+a gain's square counts as."""
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
 
@@ -207,7 +208,8 @@ def _fitted_ends(anatomy: Anatomy, masks: Masks) -> list[list[tuple[str, Project
 def _inverse_gain(gain_O: Tensor) -> Tensor:
     """Return 1 / gain (O,), and about gain / least^2 where that is small; see `LEAST_GAIN`."""
     least = LEAST_GAIN * gain_O.square().mean().sqrt()
-    return gain_O / (gain_O.square() + least.square())
+    least = LEAST_GAIN * gain_O.square().mean().sqrt()
+    return gain_O / (gain_O.square() + least.square()).clamp(min=LEAST)
 
 
 def _lost(mask: Tensor) -> bool:
