@@ -53,8 +53,8 @@ TOKENS_EACH = 18
 """With fewer tokens for each input the ridge grows by as much, up to 1: else a fit to little text
 fits what is particular to it; see docs/log.md."""
 LEAST = 1e-30
-"""Ridge of an input that is always 0: the weights that read it stay as they are. Also the least that
-a gain's square counts as."""
+"""Ridge of an input that is always 0: the weights that read it stay as they are. Also what the
+square of a gain counts as at least."""
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
 
