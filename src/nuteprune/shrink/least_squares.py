@@ -44,8 +44,8 @@ noise: see docs/log.md. Blocks that stand side by side (GPT-NeoX, Phi, Cohere) r
 and are asked for as much each; no such model was measured."""
 
 LEAST_GAIN = 0.1
-"""A norm behind a block multiplies each output by a gain, by which what the stream lacks is divided
-first: gains far below this share of their root mean square count as none."""
+"""A norm behind a block multiplies each output by a gain, so what the stream lacks is divided by it.
+Where a gain is far below this share of the gains' root mean square, nothing is asked for."""
 
 RIDGE = 1e-1
 """Ridge: what is added to the diagonal of C, as a share of itself; more with few tokens."""
@@ -207,7 +207,6 @@ def _fitted_ends(anatomy: Anatomy, masks: Masks) -> list[list[tuple[str, Project
 
 def _inverse_gain(gain_O: Tensor) -> Tensor:
     """Return 1 / gain (O,), and about gain / least^2 where that is small; see `LEAST_GAIN`."""
-    least = LEAST_GAIN * gain_O.square().mean().sqrt()
     least = LEAST_GAIN * gain_O.square().mean().sqrt()
     return gain_O / (gain_O.square() + least.square()).clamp(min=LEAST)
 
