@@ -44,8 +44,8 @@ noise: see docs/log.md. Blocks that stand side by side (GPT-NeoX, Phi, Cohere) r
 and are asked for as much each; no such model was measured."""
 
 LEAST_GAIN = 0.1
-"""A norm behind a block multiplies each output by a gain, so what the stream lacks is divided by it.
-Where a gain is far below this share of the gains' root mean square, nothing is asked for."""
+"""A norm behind a block multiplies each output by its gain, so what the stream lacks is divided by
+that. Where a gain is far below this share of their root mean square, nothing is asked for."""
 
 RIDGE = 1e-1
 """Ridge: what is added to the diagonal of C, as a share of itself; more with few tokens."""
