@@ -5,7 +5,8 @@
 
 Each row is a run of the command itself, under torchrun where it has several processes (gloo, one
 thread each), and a file in OUT: a table that was stopped goes on. All rows read the same text, and
-their batches together have as many blocks.
+their batches together have as many blocks. With `--given` the others get the units of one process:
+where some cost all but the same, the order of a sum decides which of them go.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from nuteprune.files import to_json
+from nuteprune.run_folder import RUN, STATE
 
 RESULTS = Path(__file__).parent / "results" / "processes.json"
 WAYS = {"one": (1, False)} | {
@@ -33,10 +36,12 @@ WAYS = {"one": (1, False)} | {
 BATCH = 4
 TOKENS = 32768
 """Of the model's own text, written once."""
+GIVEN = ("settings.json", "judge.json", "score.safetensors", "choose.safetensors")
+"""What a run goes on from that gets its units."""
 
 
 def pruned(way: str, target: float, dtype: str, steps: int, out: Path, own: Path) -> None:
-    """Prune the demo's model in one of the ways."""
+    """Prune the demo's model in one of the ways, or go on with a run in `out`."""
     count, sharded = WAYS[way]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     settings = {"calibration_blocks": 16, "adam_epsilon": 1e-2, "eval_blocks": 1}
@@ -44,7 +49,7 @@ def pruned(way: str, target: float, dtype: str, steps: int, out: Path, own: Path
         settings["sharded"] = True
     arguments = ["--sparsity", str(target), "--dtype", dtype, "--steps", str(steps)]
     arguments += ["--batch-size", str(BATCH // count), "--own-text", str(own), "--device", "cpu"]
-    arguments += ["--data", "demo", "--out", str(out), "--overwrite"]
+    arguments += ["--data", "demo", "--out", str(out)]
     arguments += [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     command = [sys.executable, *(launcher if count > 1 else []), "-m", "nuteprune.cli"]
     subprocess.run([*command, "prune", "demo", *arguments], env=one_thread(), check=True)
@@ -55,13 +60,28 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def distance(out: Path, one: Path, name: str) -> float:
-    """Return the largest distance of a tensor from one process's, in norms of that."""
-    ours, theirs = load_file(out / name), load_file(one / name)
-    if [(k, v.shape) for k, v in ours.items()] != [(k, v.shape) for k, v in theirs.items()]:
+def other_units(out: Path, one: Path) -> int:
+    """Return how many units stay that one process cuts."""
+    ours, theirs = (load_file(x / "run" / "choose.safetensors") for x in (out, one))
+    return sum(int(((x > 0) & (theirs[kind] == 0)).sum()) for kind, x in ours.items())
+
+
+def distance(out: Path, one: Path, name: str, start: str = "") -> float:
+    """Return the largest distance of a tensor from one process's, in norms of that.
+
+    Args:
+        out: a result.
+        one: that of one process.
+        name: the file of both.
+        start: of the names of tensors to compare.
+    """
+    ours, theirs = (
+        {k: x.float() for k, x in load_file(folder / name).items() if k.startswith(start)}
+        for folder in (out, one)
+    )
+    if {k: x.shape for k, x in ours.items()} != {k: x.shape for k, x in theirs.items()}:
         return float("inf")
-    pairs = ((ours[k].float(), theirs[k].float()) for k in theirs)
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
+    return max(float((ours[k] - x).norm() / x.norm().clamp(min=1e-30)) for k, x in theirs.items())
 
 
 def judged(out: Path, other_text: Path) -> float:
@@ -79,11 +99,19 @@ def judged(out: Path, other_text: Path) -> float:
     return mean(judge.figures(load_pruned(out, dtype=torch.bfloat16))["other"])
 
 
-def row(way: str, target: float, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+def name_of(way: str, target: float, dtype: str, steps: int) -> str:
+    """Return the name of a row's files."""
+    return f"{way.replace(' ', '-')}_{target:g}_{dtype}_{steps}-steps"
+
+
+def row(name: str, way: str, target: float, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return what is found of a run, beside that of one process."""
     folder = Path(args.out)
-    names = (f"{x}_{target:g}_{dtype}_{args.steps}-steps" for x in (way, "one"))
-    out, one = (folder / name.replace(" ", "-") for name in names)
+    out, one = (folder / x for x in (name, name_of("one", target, dtype, args.steps)))
+    if args.given:
+        (out / RUN).mkdir(parents=True, exist_ok=True)
+        for file in GIVEN:
+            shutil.copy(one / RUN / file, out / RUN / file)
     pruned(way, target, dtype, args.steps, out, folder / "own.jsonl")
     records = [json.loads((x / "nuteprune.json").read_text()) for x in (out, one)]
     return {
@@ -91,9 +119,11 @@ def row(way: str, target: float, dtype: str, args: argparse.Namespace) -> dict[s
         "target": target,
         "dtype": dtype,
         "steps": args.steps,
-        "same_units": records[0]["layers"] == records[1]["layers"],
+        "given": args.given,
+        "other_units": other_units(out, one),
         "refitted": distance(out, one, "run/refit.safetensors"),
-        "taught": distance(out, one, "model.safetensors"),
+        "learned": distance(out, one, f"run/checkpoint-{args.steps}/{STATE}", "lora/"),
+        "stored": distance(out, one, "model.safetensors"),
         "other": judged(out, Path(args.other_text)),
         "stages": records[0]["stages"],
     }
@@ -102,17 +132,20 @@ def row(way: str, target: float, dtype: str, args: argparse.Namespace) -> dict[s
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as Markdown."""
     stages = ("score", "refit", "teach", "judge")
-    heads = ["removed", "computed in", "processes", "units", "refitted", "taught", "other text"]
+    heads = ["removed", "computed in", "processes", "other units"]
+    heads += ["refitted", "learned", "stored", "other text"]
     lines = ["| " + " | ".join([*heads, *stages]) + " |"]
     lines.append("|---" * (len(heads) + len(stages)) + "|")
     ones = {(x["target"], x["dtype"], x["steps"]): x for x in rows if x["way"] == "one"}
     for x in rows:
         one = ones[x["target"], x["dtype"], x["steps"]]
         cells = [f"{x['target']:.0%}", x["dtype"], x["way"]]
-        cells += ["the same" if x["same_units"] else "others"]
-        cells += [f"{x[name]:.0e}" for name in ("refitted", "taught")]
+        cells += ["given" if x["given"] else str(x["other_units"])]
+        cells += [f"{x[k]:.0e}" if k in x else "" for k in ("refitted", "learned", "stored")]
         cells += [f"{100 * (x['other'] / one['other'] - 1):+.1f} %"]
-        cells += [f"{x['stages'][s]['cpu_seconds']:.0f}" for s in stages]
+        cells += [
+            f"{x['stages'][s]['cpu_seconds']:.0f}" if s in x["stages"] else "" for s in stages
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,6 +158,7 @@ def main() -> None:
     parser.add_argument("--targets", default="0.2,0.5")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--given", action="store_true", help="with the units of one process")
     parser.add_argument("--show", action="store_true")
     args = parser.parse_args()
     folder = Path(args.out)
@@ -136,12 +170,15 @@ def main() -> None:
         subprocess.run(command, env=one_thread(), check=True)
     for dtype in () if args.show else args.dtypes.split(","):
         for target in map(float, args.targets.split(",")):
-            for way in WAYS:
-                name = f"{way.replace(' ', '-')}_{target:g}_{dtype}_{args.steps}-steps.json"
-                if not (folder / name).exists():
-                    (folder / name).write_text(to_json(row(way, target, dtype, args)))
-    rows = [json.loads(path.read_text()) for path in folder.glob("*-steps.json")]
-    rows.sort(key=lambda x: (x["steps"], x["dtype"], x["target"], list(WAYS).index(x["way"])))
+            for way in list(WAYS)[args.given :]:
+                name = name_of(way, target, dtype, args.steps) + "-given" * args.given
+                if not (folder / f"{name}.json").exists():
+                    found = row(name, way, target, dtype, args)
+                    (folder / f"{name}.json").write_text(to_json(found))
+    rows = [json.loads(path.read_text()) for path in folder.glob("*-steps*.json")]
+    rows.sort(
+        key=lambda x: (x["steps"], x["dtype"], x["target"], x["given"], list(WAYS).index(x["way"]))
+    )
     RESULTS.write_text(to_json(rows))
     print(table(rows))
 
