@@ -1,7 +1,7 @@
 """A run in less memory than its model's weights take: a memory cgroup of Linux is the judge.
 
     python benchmarks/little_memory.py --size 3b --json benchmarks/results/little-memory.json
-    python benchmarks/little_memory.py --size 1b --processes 4 --limit 2.2e9
+    python benchmarks/little_memory.py --size 2b --processes 4 --limit 2.4e9
 
 A LLaMA of random weights is scored, refitted, trained for two steps, cut and written, twice: free,
 where the peak of each phase's anonymous memory is measured, and within a limit, where nobody looks.
@@ -72,6 +72,18 @@ SIZES = {
             "vocab_size": 32000,
         },
         1.4e9,
+    ),
+    "2b": Size(
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "intermediate_size": 2048,
+            "vocab_size": 1000,
+        },
+        1.4e9,
+        32,
     ),
     "3b": Size(
         {
