@@ -9,7 +9,8 @@ What is written has to be the same, byte for byte. The limit is of all memory: t
 libraries, and what it has read of files, which the system may drop and read again. It needs root.
 
 With `--processes` the weights are sharded over several (gloo, one thread each), and the limit is
-that of each. `--only-limited` leaves the first run out.
+that of each. What a process frees goes back to the system at once there: else the C library keeps
+holes where gathered layers were. `--only-limited` leaves the first run out, and looks at the other.
 """
 
 from __future__ import annotations
@@ -211,21 +212,24 @@ class Done:
 
 
 def ranks(count: int) -> list[dict[str, str]]:
-    """Return what torchrun tells each of its processes; nothing where there is one."""
+    """Return the environment of each process; nothing where there is one."""
     if count == 1:
         return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    shared |= {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
     return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
 
 
-def done(size: Size, model: Path, out: Path, enters: Sequence[Callable[[], None] | None]) -> Done:
-    """Do a run in a process of its own, or in several; watched if it is free."""
+def done(
+    size: Size, model: Path, out: Path, enters: Sequence[Callable[[], None] | None], look: bool
+) -> Done:
+    """Do a run in a process of its own, or in several."""
     shared = {"sharded": True, "calibration_blocks": len(enters)} if len(enters) > 1 else {}
     cell = asdict(Cell("little", str(model), "bfloat16", size.length, SETTINGS | shared))
-    words = [sys.executable, __file__, "--one", json.dumps([cell, str(out), enters[0] is None])]
+    words = [sys.executable, __file__, "--one", json.dumps([cell, str(out), look])]
     begun = time.monotonic()
     started = [
         subprocess.Popen(
@@ -251,14 +255,17 @@ def compared(
     print(f"weights {weights / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB", flush=True)
     free = Done(0, 0.0, {}, {})
     if not only_limited:
-        free = done(size, scratch / "model", scratch / "free", [None] * processes)
-    for phase, peak in free.peaks.items():
-        print(f"{phase:28}{peak / 1e6:8.0f} MB", flush=True)
+        free = done(size, scratch / "model", scratch / "free", [None] * processes, look=True)
     evict(scratch / "model")
     with ExitStack() as stack:
         cgroups = [stack.enter_context(limited(limit, i)) for i in range(processes)]
-        bound = done(size, scratch / "model", scratch / "bound", [x.enter for x in cgroups])
+        bound = done(
+            size, scratch / "model", scratch / "bound", [x.enter for x in cgroups], only_limited
+        )
         most = max(x.peak for x in cgroups)
+    peaks = (bound if only_limited else free).peaks
+    for phase, peak in peaks.items():
+        print(f"{phase:28}{peak / 1e6:8.0f} MB", flush=True)
     same = None if only_limited else free.sums == bound.sums and bool(free.sums)
     print(f"free {free.seconds:.0f} s; limited {bound.seconds:.0f} s, exit code {bound.code}")
     print(f"most in the cgroup {most / 1e9:.2f} GB; the same bytes: {same}")
@@ -268,7 +275,7 @@ def compared(
         "processes": processes,
         "limit": limit,
         "weights": weights,
-        "phases": free.peaks,
+        "phases": peaks,
         "free_seconds": free.seconds,
         "limited_seconds": bound.seconds,
         "limited_code": bound.code,
