@@ -49,7 +49,7 @@ def pruned(way: str, target: float, dtype: str, steps: int, out: Path, own: Path
         settings["sharded"] = True
     arguments = ["--sparsity", str(target), "--dtype", dtype, "--steps", str(steps)]
     arguments += ["--batch-size", str(BATCH // count), "--own-text", str(own), "--device", "cpu"]
-    arguments += ["--data", "demo", "--out", str(out)]
+    arguments += ["--data", "demo", "--out", str(out), *["--resume"] * (out / RUN).exists()]
     arguments += [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     command = [sys.executable, *(launcher if count > 1 else []), "-m", "nuteprune.cli"]
     subprocess.run([*command, "prune", "demo", *arguments], env=one_thread(), check=True)
