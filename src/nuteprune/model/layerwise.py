@@ -89,14 +89,25 @@ class Covariance:
         return sum_II
 
 
-def product(values_MD: Tensor, inputs_MI: Tensor) -> Tensor:
+def product(values_MD: Tensor, inputs_MI: Tensor, length: int) -> Tensor:
     """Return values^T inputs (D, I) of a batch, in fp32.
 
     Of inputs in bf16 it is computed in bf16, twice as fast. That rounds an entry by 0.4 %, which a
-    covariance of few tokens would not stand: it may then have no inverse.
+    covariance of few tokens would not stand: it may then have no inverse. Each sequence is rounded
+    by itself, so that the sum does not depend on how many there are to a batch.
+
+    Args:
+        values_MD: one side.
+        inputs_MI: the other.
+        length: tokens of a sequence.
     """
-    dtype = torch.bfloat16 if inputs_MI.dtype == torch.bfloat16 else torch.float32
-    return (values_MD.to(dtype).T @ inputs_MI.to(dtype)).float()
+    if inputs_MI.dtype != torch.bfloat16:
+        return values_MD.float().T @ inputs_MI.float()
+    sum_DI = torch.zeros(values_MD.shape[1], inputs_MI.shape[1], device=inputs_MI.device)
+    pairs = zip(values_MD.bfloat16().split(length), inputs_MI.split(length), strict=True)
+    for values_TD, inputs_TI in pairs:
+        sum_DI += values_TD.T @ inputs_TI
+    return sum_DI
 
 
 class _Stop(Exception):
@@ -316,19 +327,20 @@ class _Block:
         self.products = products
         self.missing_DI: Tensor | None = None
         self.inputs: list[Tensor] = []
-        self._other, self._lack_MD = iter(other), torch.empty(0)
+        self._other, self._lack_MD, self._length = iter(other), torch.empty(0), 0
         self._written: Any = None
         self._output: Any = None
 
     def on_read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the next batch's input of the block; runs before `on_input`."""
+        self._length = args[0].shape[-2]
         self._lack_MD = (next(self._other).float() - args[0].float()).flatten(0, -2)
 
     def on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the next batch's input of the projection; end the pass if that is all."""
         rows_MI = self.products.add(args[0])
         if len(self._lack_MD):
-            found_DI = product(self._lack_MD, rows_MI.to(args[0].dtype))
+            found_DI = product(self._lack_MD, rows_MI.to(args[0].dtype), self._length)
             self.missing_DI = found_DI if self.missing_DI is None else self.missing_DI + found_DI
         keeps = self.module is not None and args[0].nbytes <= self._most
         if keeps:
