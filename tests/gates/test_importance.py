@@ -421,17 +421,31 @@ def test_a_model_of_one_layer_keeps_the_surgeon_s_scores(tiny_model) -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.0]]).expand(4000, 2, 3)
-    drawn = draw_tokens(logits.softmax(-1), torch.Generator().manual_seed(0))
+    chances, ids = logits.softmax(-1), torch.arange(3).expand_as(logits)
+    drawn = draw_tokens(chances, ids, torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 2)
     found = torch.stack([(drawn == token).float().mean(0) for token in range(3)], -1)
     torch.testing.assert_close(found, logits[0].softmax(-1), rtol=0, atol=0.03)
+
+
+def test_the_order_of_tokens_does_not_change_which_are_drawn() -> None:
+    random = torch.Generator().manual_seed(0)
+    chances = torch.rand(2, 50, 7, generator=random)
+    ids, order = torch.randint(0, 40000, (2, 50, 7), generator=random), torch.randperm(7)
+    drawn = draw_tokens(chances, ids, torch.Generator().manual_seed(1))
+    again = draw_tokens(chances[..., order], ids[..., order], torch.Generator().manual_seed(1))
+    assert torch.equal(
+        ids.gather(-1, drawn.unsqueeze(-1)), ids[..., order].gather(-1, again.unsqueeze(-1))
+    )
 
 
 def inputs_and_slopes(model: Any, linear: Any) -> tuple[Tensor, Tensor]:
     """What a projection reads, and the gradients by what it writes of tokens drawn by sequence."""
     generator = torch.Generator().manual_seed(0)
     likely = [model(x, use_cache=False).logits.detach().topk(LIKELIEST) for x in BATCHES]
-    numbers = [draw_tokens((x.values / TEMPERATURE).softmax(-1), generator) for x in likely]
+    numbers = [
+        draw_tokens((x.values / TEMPERATURE).softmax(-1), x.indices, generator) for x in likely
+    ]
     drawn = torch.cat(numbers)
     tokens = torch.cat([x.indices for x in likely])
     seen: dict[str, list[Tensor]] = {"x": [], "d": []}

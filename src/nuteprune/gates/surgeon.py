@@ -13,8 +13,8 @@ predictable ones, but no gradients.
 The move is the closed-form refit of `shrink.least_squares`; the curvature here is that of the dense
 model. Source: LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
 
-Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, K likeliest tokens, I inputs of a
-projection, U units of a kind in a layer, E experts, F neurons of each.
+Shape suffixes: B batch, T tokens, M = B x T, V vocabulary, K likeliest tokens, S slots,
+I inputs of a projection, U units of a kind in a layer, E experts, F neurons of each.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ LIKELIEST = 16
 """Tokens that may be drawn at a position: of all, unlikely ones would decide at `TEMPERATURE`."""
 TEMPERATURE = 2.0
 """Temperature at which they are drawn; measured in docs/log.md."""
+SLOTS = 4096
+"""Draws at a position; tokens whose ids leave the same rest share one."""
 
 Key = tuple[str, int]
 """A block, and a layer."""
@@ -132,10 +134,21 @@ def _put(probe: Probe, found: Scores, kind: str, layer: int, costs_U: Tensor) ->
     found[kind].split(probe.layout.sizes[kind])[layer].copy_(costs_U)
 
 
-def draw_tokens(chances_BTK: Tensor, generator: torch.Generator) -> Tensor:
-    """Return numbers of tokens (B, T), drawn by their probabilities."""
-    drawn_M = torch.multinomial(chances_BTK.flatten(0, 1), 1, generator=generator).flatten()
-    return drawn_M.view(chances_BTK.shape[:2])
+def draw_tokens(chances_BTK: Tensor, tokens_BTK: Tensor, generator: torch.Generator) -> Tensor:
+    """Return numbers of tokens (B, T) below K, drawn by their probabilities.
+
+    The luck of a token goes with its id, so probabilities that are rounded otherwise, and so
+    ordered otherwise, seldom change what is drawn.
+
+    Args:
+        chances_BTK: probabilities.
+        tokens_BTK: the ids of the tokens.
+        generator: draws.
+    """
+    luck_BTS = chances_BTK.new_empty(*chances_BTK.shape[:2], SLOTS).exponential_(
+        generator=generator
+    )
+    return (chances_BTK / luck_BTS.gather(-1, tokens_BTK % SLOTS)).argmax(-1)
 
 
 def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
@@ -144,18 +157,14 @@ def drawn_slope(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
     The loss is the sum over sequences of each one's mean cross entropy, of the likeliest tokens at
     `TEMPERATURE`, times that.
     """
-    top_BTK, tokens_BTK = logits_BTV.topk(_drawable(logits_BTV.shape[-1]))
+    top_BTK, tokens_BTK = logits_BTV.topk(min(LIKELIEST, logits_BTV.shape[-1]))
     slope_BTK = (top_BTK.float() / TEMPERATURE).softmax(-1)
-    drawn_BT1 = draw_tokens(slope_BTK, generator).unsqueeze(-1)
+    drawn_BT1 = draw_tokens(slope_BTK, tokens_BTK, generator).unsqueeze(-1)
     slope_BTK.scatter_add_(-1, drawn_BT1, slope_BTK.new_full((1, 1, 1), -1).expand_as(drawn_BT1))
     slope_BTK.div_(logits_BTV.shape[1])
     return torch.zeros(logits_BTV.shape, device=slope_BTK.device).scatter_(
         -1, tokens_BTK, slope_BTK
     )
-
-
-def _drawable(vocabulary: int) -> int:
-    return min(LIKELIEST, vocabulary)
 
 
 def input_changes(probe: Probe) -> dict[Key, Tensor]:
@@ -196,8 +205,8 @@ def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
 
 def _pass_over(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
     """Draw as many tokens as another process does, so that later batches get the same ones."""
-    drawable = _drawable(len(probe.anatomy.embedding.weight))
-    draw_tokens(torch.ones(*ids_BT.shape, drawable, device=generator.device), generator)
+    chances_BT1 = torch.ones(*ids_BT.shape, 1, device=generator.device)
+    draw_tokens(chances_BT1, chances_BT1.long(), generator)
 
 
 @contextmanager
