@@ -141,7 +141,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         one = ones[x["target"], x["dtype"], x["steps"]]
         cells = [f"{x['target']:.0%}", x["dtype"], x["way"]]
         cells += ["given" if x["given"] else str(x["other_units"])]
-        cells += [f"{x[k]:.0e}" if k in x else "" for k in ("refitted", "learned", "stored")]
+        cells += [
+            "" if x.get(k) is None else f"{x[k]:.0e}" for k in ("refitted", "learned", "stored")
+        ]
         cells += [f"{100 * (x['other'] / one['other'] - 1):+.1f} %"]
         cells += [
             f"{x['stages'][s]['cpu_seconds']:.0f}" if s in x["stages"] else "" for s in stages
