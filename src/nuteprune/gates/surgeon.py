@@ -145,9 +145,8 @@ def draw_tokens(chances_BTK: Tensor, tokens_BTK: Tensor, generator: torch.Genera
         tokens_BTK: the ids of the tokens.
         generator: draws.
     """
-    luck_BTS = chances_BTK.new_empty(*chances_BTK.shape[:2], SLOTS).exponential_(
-        generator=generator
-    )
+    shape, device = (*chances_BTK.shape[:2], SLOTS), chances_BTK.device
+    luck_BTS = torch.rand(shape, generator=generator, device=device).log_().neg_()  # exponential
     return (chances_BTK / luck_BTS.gather(-1, tokens_BTK % SLOTS)).argmax(-1)
 
 
