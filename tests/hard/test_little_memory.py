@@ -36,7 +36,7 @@ def test_a_model_is_pruned_in_less_memory_than_its_weights_and_libraries_take(
 
 
 def test_no_process_of_a_sharded_run_holds_the_model(tmp_path: Path) -> None:
-    """Each of four within two thirds of the weights' bytes, what libraries take among them."""
+    """Each of four takes less than three quarters of its bytes, what libraries take among them."""
     limit = 2.6e9
     skip_without_cgroups(limit)
     found = little.compared(little.SIZES["2b"], limit, tmp_path, processes=4, only_limited=True)
