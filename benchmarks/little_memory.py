@@ -1,7 +1,7 @@
 """A run in less memory than its model's weights take: a memory cgroup of Linux is the judge.
 
     python benchmarks/little_memory.py --size 3b --json benchmarks/results/little-memory.json
-    python benchmarks/little_memory.py --size 2b --processes 4 --limit 2.4e9
+    python benchmarks/little_memory.py --size 2b --processes 4 --limit 2.6e9 --only-limited
 
 A LLaMA of random weights is scored, refitted, trained for two steps, cut and written, twice: free,
 where the peak of each phase's anonymous memory is measured, and within a limit, where nobody looks.

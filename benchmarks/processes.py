@@ -62,7 +62,7 @@ def one_thread() -> dict[str, str]:
 
 def other_units(out: Path, one: Path) -> int:
     """Return how many units stay that one process cuts."""
-    ours, theirs = (load_file(x / "run" / "choose.safetensors") for x in (out, one))
+    ours, theirs = (load_file(x / RUN / "choose.safetensors") for x in (out, one))
     return sum(int(((x > 0) & (theirs[kind] == 0)).sum()) for kind, x in ours.items())
 
 
