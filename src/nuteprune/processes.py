@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from nuteprune.errors import RunFailed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -44,6 +45,16 @@ def several() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over text on a device: that of `Team.add_up`, see there.
+
+    Apple's GPUs know no 64 bits; no processes share them.
+    """
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def agree(tensors: Iterable[Tensor]) -> None:
     """Give all processes the main one's values: their own may differ in the last bits."""
     from torch import distributed
@@ -58,6 +69,9 @@ class Team:
     """Processes that share work out: each does its part, and the parts are added up.
 
     All of them have the same model and text. So all call `add_up` and `by_rows`, in one order.
+    How text is cut into batches does not depend on how many they are. What they add up is in fp64:
+    rounded to fp32, a sum is then the same whatever the order of its terms, but for one sum in
+    millions. So however many they are, they find the same units and weights.
     A sharded model's passes are of all processes together: each has to make as many.
 
     Args:
@@ -92,7 +106,7 @@ class Team:
         for tensor in tensors:
             _send(tensor, distributed.all_reduce)
 
-    def by_rows(self, rows: int, work: Callable[[slice], Tensor]) -> Tensor:
+    def by_rows(self, rows: int, work: Callable[[slice], Tensor], together: int = 1) -> Tensor:
         """Return the rows (rows, ...) that some work gives, each process doing its own.
 
         All do as many, the last ones perhaps some that others do too.
@@ -100,6 +114,7 @@ class Team:
         Args:
             rows: how many there are, at least 1.
             work: makes some of them.
+            together: how many are made together: a share begins at a multiple of it.
 
         Raises:
             RunFailed: if another process has ended.
@@ -108,12 +123,14 @@ class Team:
             whole = work(slice(None))
             self.add_up([whole])
             return whole
-        each = -(-rows // self.size)
+        groups = -(-rows // together)
+        each = -(-groups // self.size)
         first = self.rank * each
-        begins = min(first, rows - each)
-        part = work(slice(begins, begins + each))
+        begins = min(first, groups - each)
+        part = work(slice(begins * together, (begins + each) * together))
         whole = part.new_zeros(rows, *part.shape[1:])
-        whole[first : first + each] = part[first - begins :]
+        own = part[(first - begins) * together :]
+        whole[first * together : first * together + len(own)] = own
         self.add_up([whole])
         return whole
 

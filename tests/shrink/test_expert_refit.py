@@ -73,7 +73,7 @@ def refitted(anatomy: Anatomy, masks: Masks, bank: LoraBank | None = None) -> Ma
     else:
         allocator: Any = None  # masks are chosen
         prepared = Prunable(anatomy, hooks, bank, allocator, is_sharded=False)
-        bank.install(refit(prepared, masks, TEXT, batch_size=8))
+        bank.install(refit(prepared, masks, TEXT))
     return hooks
 
 

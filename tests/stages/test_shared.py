@@ -31,14 +31,15 @@ def stages(model: Path, processes: int, blocks: int, *methods: str, sharded: boo
 
 
 def assert_same(one: Found, many: Found) -> None:
-    """All processes have the same bits, and what one process has but for rounding."""
+    """All processes have the same bits, and those of one process but where they judge."""
     (alone,), (first, *others) = one[0], many[0]
     assert alone.keys() == first.keys()
     for name, value in alone.items():
         assert all(torch.equal(first[name], x[name]) for x in others if name in x), name
-        assert (first[name] == 0).equal(value == 0), name  # the same units went
-        distance = (first[name].double() - value.double()).norm()
-        assert distance <= 1e-4 * value.double().norm(), name
+        if name.startswith("judge"):  # whose batches depend on the number of processes
+            torch.testing.assert_close(first[name], value, rtol=1e-4, atol=0)
+        else:
+            assert torch.equal(first[name], value), name
 
 
 def test_four_processes_do_a_quarter_each_of_every_stage(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from nuteprune.data.tokens import Openings
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.forwards import cache_name, evaluating, heads_as_tokens
-from nuteprune.processes import ALONE, Team, agree
+from nuteprune.processes import ALONE, Team, agree, sum_dtype
 
 TEXT_TOKENS = 64
 """Tokens of a plain text at most: many short texts show more of what a model knows than few long
@@ -195,8 +195,7 @@ def draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
 
 
 def _draw(logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
-    # Apple's GPUs know no 64 bits.
-    dtype = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+    dtype = sum_dtype(logits_BV.device)
     sums_BV = logits_BV.to(dtype).softmax(-1).cumsum(-1)
     sought_B = numbers_B.to(logits_BV.device, dtype) * sums_BV[:, -1]
     found_B1 = torch.searchsorted(sums_BV, sought_B[:, None], right=True)

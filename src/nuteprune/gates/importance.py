@@ -163,7 +163,7 @@ def similarity(probe: Probe) -> Scores:
     from nuteprune.gates.activations import watching_streams
 
     count = len(probe.anatomy.layers)
-    total = {kind: torch.zeros(count) for kind in BLOCK_KINDS}
+    total = {kind: torch.zeros(count, dtype=torch.float64) for kind in BLOCK_KINDS}
     tokens = torch.zeros(count, dtype=torch.long)
 
     def add_turns(layer: int, before_MD: Tensor, between_MD: Tensor, after_MD: Tensor) -> None:
@@ -180,7 +180,7 @@ def similarity(probe: Probe) -> Scores:
     found = {}
     for kind in probe.kinds:
         present = torch.tensor(probe.layout.sizes[kind], dtype=torch.bool)
-        found[kind] = (total[kind] / tokens.clamp(min=1))[present]
+        found[kind] = (total[kind] / tokens.clamp(min=1)).float()[present]
     return losses_of(probe.budget, found)
 
 
@@ -286,7 +286,7 @@ def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores
     """Return the mean over sequences of a measure of the gradients of their masks."""
     model, layout, kinds = probe.anatomy.model, probe.layout, probe.kinds
     device = model.device
-    total = {kind: torch.zeros(layout.units(kind)) for kind in kinds}
+    total = {kind: torch.zeros(layout.units(kind), dtype=torch.float64) for kind in kinds}
     for ids_BT in probe.own_batches():
         ids_BT = ids_BT.to(device)
         leaves = {
@@ -303,4 +303,4 @@ def _mask_gradients(probe: Probe, measure: Callable[[Tensor], Tensor]) -> Scores
             total[kind] += scored(measure(grad.float() / LOSS_SCALE).sum(0))
     probe.team.add_up(total.values())
     sequences = sum(map(len, probe.batches))
-    return {kind: value / max(1, sequences) for kind, value in total.items()}
+    return {kind: (value / max(1, sequences)).float() for kind, value in total.items()}

@@ -34,6 +34,7 @@ from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.forwards import in_place_of, noting_calls
 from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.weights import gathered, weight_of
+from nuteprune.processes import sum_dtype
 
 INPUTS = {"heads": "attn_block", "kv_groups": "attn_block", "neurons": "mlp_block"}
 """Kind of gate -> the block whose last projection reads its units, and is refitted."""
@@ -177,7 +178,7 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
     total: dict[Key, Tensor] = {}
     for key, module in reversed(_readers(probe).items()):  # in one order in all processes
         width = math.prod(module.sizes) if isinstance(module, Mixture) else module.in_features
-        total[key] = torch.zeros(2, width, device=device)
+        total[key] = torch.zeros(2, width, dtype=sum_dtype(device), device=device)
     sequences = sum(len(batch_BT) for batch_BT in probe.batches)
 
     def add_changes(block: str, layer: int, changes_2I: Tensor) -> None:
@@ -191,7 +192,7 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
                 _pass_over(probe, batch_BT, generator)
             probe.progress()
     probe.team.add_up(total.values())
-    return total
+    return {key: changes_2I.float() for key, changes_2I in total.items()}
 
 
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.model.anatomy import Mixture
-from nuteprune.processes import ALONE, Team
+from nuteprune.processes import ALONE, Team, sum_dtype
 from nuteprune.simulated import alike, has_data, number, once, scored, usual
 
 DAMPING = 1e-2
@@ -252,7 +252,8 @@ def neuron_costs(
 def neuron_covariance(mixture: Mixture, routed: Routed, expert: int, team: Team = ALONE) -> Tensor:
     """Return C (F, F) of an expert's neurons, in fp32; zeros where no token is routed to it."""
     width, heard = mixture.sizes[1], torch.zeros((), dtype=torch.float64)
-    sum_FF = mixture.stack(mixture.down).new_zeros(width, width, dtype=torch.float32)
+    device = mixture.stack(mixture.down).device
+    sum_FF = torch.zeros(width, width, dtype=sum_dtype(device), device=device)
     # Which tokens reach an expert is data.
     for hidden_SD, index_SK, weight_SK in filter(lambda x: has_data(x[1]), routed):
         token_P, place_P = (index_SK == expert).nonzero(as_tuple=True)
@@ -261,10 +262,10 @@ def neuron_covariance(mixture: Mixture, routed: Routed, expert: int, team: Team 
         ):
             inner_PF = _neurons(mixture.experts, hidden_SD[rows_P], expert).float()
             inner_PF *= weight_P.unsqueeze(-1)
-            sum_FF.addmm_(inner_PF.T, inner_PF)
+            sum_FF += inner_PF.T @ inner_PF
             heard += float(weight_P.square().sum())
     team.add_up((sum_FF, heard))
-    return sum_FF.div_(float(heard) or 1.0)
+    return sum_FF.div_(float(heard) or 1.0).float()
 
 
 def _neurons(experts: Any, rows_PD: Tensor, expert: int) -> Tensor:

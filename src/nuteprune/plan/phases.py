@@ -19,6 +19,7 @@ from nuteprune.gates.allocate import Allocator
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon import INPUTS
 from nuteprune.model.anatomy import Anatomy
+from nuteprune.model.layerwise import BATCH
 from nuteprune.plan.need import (
     ONE_BY_ONE,
     PARTS_OF_LAYERS,
@@ -253,12 +254,11 @@ class Plan:
     @cached_property
     def _refit_need(self) -> Need:
         """Need of a refit."""
-        size = self.args.per_device_train_batch_size
 
         def refit(blocks: int) -> Need:
             return self.walked(partial(Walk.refit, blocks=blocks), ONE_BY_ONE)
 
-        return in_batches(refit, self.args.refit_blocks, (2 * size, 3 * size))
+        return in_batches(refit, self.args.refit_blocks, (2 * BATCH, 3 * BATCH))
 
     def _refit(self) -> list[Phase]:
         if not self.args.refit:

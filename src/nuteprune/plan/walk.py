@@ -117,9 +117,7 @@ class Walk:
         return Need.of(live)
 
     def _refit(self, masks: Masks, blocks: int) -> Weights:
-        args, text = self._args, self._text(blocks)
-        size, rank = args.per_device_train_batch_size, args.lora_rank
-        return refit(self._model, masks, text, batch_size=size, rank=rank)
+        return refit(self._model, masks, self._text(blocks), rank=self._args.lora_rank)
 
     def _widest(self) -> Masks:
         """Return masks that close a single unit of each kind in each layer.

@@ -158,10 +158,8 @@ class ProgressiveTrainer(NutePruneTrainer):
         masks = self.gates.freeze(self.target.goal)
         if args.refit:
             blocks = calibration_blocks(self.train_dataset, args.refit_blocks)
-            size, rank = args.per_device_train_batch_size, args.lora_rank
-            weights = refit(
-                self.prepared, masks, blocks, batch_size=size, rank=rank, progress=self._progress
-            )
+            rank, progress = args.lora_rank, self._progress
+            weights = refit(self.prepared, masks, blocks, rank=rank, progress=progress)
             if not self.prepared.is_sharded:
                 agree(weights.values())
             self.prepared.bank.install(weights)

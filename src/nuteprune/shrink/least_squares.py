@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,9 +31,10 @@ from torch import Tensor, nn
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.surgeon_costs import Routed, neuron_covariance
 from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
+from nuteprune.model.covariance import Read
 from nuteprune.model.family import BLOCK_KINDS, Projection
 from nuteprune.model.hooks import MaskHooks
-from nuteprune.model.layerwise import Layerwise, Read
+from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.lora import effective_weight
 from nuteprune.model.weights import gathered, is_sharded, weight_of
 from nuteprune.processes import ALONE, Team
@@ -55,6 +57,8 @@ fits what is particular to it; see docs/log.md."""
 LEAST = 1e-30
 """Ridge of an input that is always 0: the weights that read it stay as they are. Also what the
 square of a gain counts as at least."""
+LEAST_ROWS, MOST_PARTS = 48, 64
+"""Of a weight: rows that are fitted together at least, and parts that it is fitted in at most."""
 NOTHING = 1e-4
 """A direction of the update smaller than this share of the largest is rounding."""
 
@@ -179,9 +183,10 @@ def _fit(
     def fitted(rows: slice) -> Tensor:
         more = None if more_OI is None else more_OI[rows]
         own = weight_OI[rows], covariance_II, mask_I, target_OI[rows]
-        return ridge_fit(*own, more, text.tokens)
+        return ridge_fit(*own, more, text.tokens, together)
 
-    fitted_OI = team.by_rows(len(weight_OI), fitted)
+    together = divided(len(weight_OI))
+    fitted_OI = team.by_rows(len(weight_OI), fitted, together)
     return Fit(fitted_OI, covariance_II.mul_(mask_I).mul_(mask_I[:, None]))
 
 
@@ -295,6 +300,7 @@ def ridge_fit(
     target_OI: Tensor,
     more_OI: Tensor | None = None,
     tokens: int | None = None,
+    together: int | None = None,
 ) -> Tensor:
     """Return the weight (O, I) that from the kept columns of X alone best gives X target^T + E.
 
@@ -307,20 +313,34 @@ def ridge_fit(
         target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
         more_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
         tokens: rows of X; None: enough.
+        together: how many rows of the weight are fitted together; None: all.
     """
     kept_I = mask_I > 0
     kept_K = kept_I.nonzero().flatten()
-    missing_OI = (weight_OI * kept_I).neg_().add_(target_OI) @ covariance_II
-    if more_OI is not None:
-        missing_OI += more_OI
-    missing_OK = missing_OI[:, kept_K]
-    del missing_OI
-    ridge = ridge_of(len(covariance_II), tokens)
-    update_KO = _solve(covariance_II, kept_K, missing_OK.T, ridge)
-    del missing_OK
+    solve = _solver(covariance_II, kept_K, ridge_of(len(covariance_II), tokens))
     fitted_OI = torch.zeros_like(weight_OI)
-    fitted_OI[:, kept_K] = (weight_OI[:, kept_K] + update_KO.T) / mask_I[kept_K].float()
+
+    def fit(rows: slice) -> None:
+        missing_RI = (weight_OI[rows] * kept_I).neg_().add_(target_OI[rows]) @ covariance_II
+        if more_OI is not None:
+            missing_RI += more_OI[rows]
+        update_KR = solve(missing_RI[:, kept_K].T)
+        fitted_RK = (weight_OI[rows][:, kept_K] + update_KR.T) / mask_I[kept_K].float()
+        fitted_OI[rows, kept_K] = fitted_RK
+
+    size = together or len(weight_OI)
+    for start in alike(range(0, len(weight_OI), size), weight_OI):
+        fit(slice(start, start + size))
     return fitted_OI
+
+
+def divided(rows: int) -> int:
+    """Return how many rows of a weight are fitted together; it divides them.
+
+    As many for any number of processes: rounding may depend on it.
+    """
+    least = max(LEAST_ROWS, -(-rows // MOST_PARTS))
+    return next(size for size in range(min(least, rows), rows + 1) if rows % size == 0)
 
 
 def ridge_of(inputs: int, tokens: int | None) -> float:
@@ -339,10 +359,10 @@ def with_ridge(covariance_II: Tensor, kept_K: Tensor, ridge: float) -> Tensor:
     return inner_KK
 
 
-def _solve(covariance_II: Tensor, kept_K: Tensor, wanted_KO: Tensor, ridge: float) -> Tensor:
+def _solver(covariance_II: Tensor, kept_K: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
     # What is factored is not held: it is large, and hardly ever wanted again.
     factor_KK, failed = torch.linalg.cholesky_ex(with_ridge(covariance_II, kept_K, ridge))
     if usual(failed == 0):
-        return torch.cholesky_solve(wanted_KO, factor_KK)
+        return lambda wanted_KR: torch.cholesky_solve(wanted_KR, factor_KK)
     # Rounding, or values that are not finite.
-    return cast(Tensor, torch.linalg.solve(with_ridge(covariance_II, kept_K, ridge), wanted_KO))
+    return partial(torch.linalg.solve, with_ridge(covariance_II, kept_K, ridge))

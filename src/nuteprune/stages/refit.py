@@ -11,6 +11,7 @@ from torch import Tensor
 from nuteprune.console import Progress, counted, silent
 from nuteprune.gates.masks import Masks
 from nuteprune.model.family import Projection
+from nuteprune.model.layerwise import BATCH
 from nuteprune.model.lora import Weights
 from nuteprune.model.weights import weight_of
 from nuteprune.shrink.least_squares import Fit, InstallStack, fit_projections, low_rank
@@ -26,7 +27,6 @@ def refit(
     masks: Masks,
     blocks: Tensor,
     *,
-    batch_size: int = 4,
     rank: int = FEWER_DIRECTIONS,
     progress: Progress = silent,
 ) -> Weights:
@@ -36,7 +36,6 @@ def refit(
         model: the model.
         masks: the final masks.
         blocks: token ids (N, T) of calibration text.
-        batch_size: blocks that go through a layer together.
         rank: of LoRA, which holds the fit where weights are packed.
         progress: told of each layer.
 
@@ -58,7 +57,7 @@ def refit(
 
     stacks: InstallStack | None = bank.set_weight if whole else None
     tick = counted(progress, "refit", len(anatomy.layers))
-    batches = blocks.split(batch_size)
+    batches = blocks.split(BATCH)
     where = anatomy, model.hooks, masks
     with bank.kept():
         fit_projections(*where, batches, install, tick, bank.as_dense, stacks, model.team)

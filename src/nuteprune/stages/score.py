@@ -19,12 +19,11 @@ from nuteprune.console import Progress, counted, silent
 from nuteprune.gates import METHOD
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.scores import Probe, Scores, check_finite
+from nuteprune.model.layerwise import BATCH
 from nuteprune.stages import Prunable
 from nuteprune.stages.choose import choose
 from nuteprune.stages.refit import refit
 
-PLAIN_BATCH = 4
-"""Blocks that go through a layer together: no gradients, no logits, so more than one fits."""
 SEQUENCES = 32
 """Blocks that gradients are taken on at least, where there are as many. With 8 the choice of units
 is much worse; see docs/log.md."""
@@ -40,7 +39,6 @@ def score(
     target: float = 0.0,
     refit_blocks: Tensor | None = None,
     gradients: int | None = None,
-    batch_size: int = 4,
     seed: int = 42,
     progress: Progress = silent,
 ) -> Scores:
@@ -56,7 +54,6 @@ def score(
         refit_blocks: token ids (N, T) for the refit of each round; None: there are no rounds.
         gradients: on how many of the blocks, the first ones, gradients are taken; None:
             `with_gradients`.
-        batch_size: blocks that go through a layer together in the refit.
         seed: draws random scores, tokens from the model, and tokens that repeat.
         progress: told of scoring and refit.
 
@@ -72,7 +69,7 @@ def score(
     for sparsity, after in pairwise(goals):
         assert refit_blocks is not None
         masks = choose(model, found, sparsity)
-        weights = refit(model, masks, refit_blocks, batch_size=batch_size, progress=progress)
+        weights = refit(model, masks, refit_blocks, progress=progress)
         with model.bank.kept():
             model.bank.install(weights)
             again = _score_once(model, blocks, count, method, seed, after, progress)
@@ -105,7 +102,7 @@ def _score_once(
     chosen, kinds, anatomy = METHODS[method], model.kinds, model.anatomy
     # One block at a time where a scoring may need all logits of a batch.
     batches = blocks[:gradients].split(1) if gradients else ()
-    plain = blocks.split(PLAIN_BATCH) if chosen.by_layer else ()
+    plain = blocks.split(BATCH) if chosen.by_layer else ()
     cut = sum(kind in kinds for kind in ("heads", "kv_groups")) * chosen.cuts
     turns = len(batches) + len(anatomy.layers) * (bool(plain) + cut)
     tick = counted(progress, "score", turns)

@@ -53,10 +53,7 @@ class FirstStages:
         self._blocks_NT = calibration_blocks(text, args.calibrated_blocks)
         products.depends("text", calibration=digest({"blocks": self._blocks_NT}))
         self._refit_NT = self._blocks_NT[: args.refit_blocks]
-        self._how: dict[str, Any] = {
-            "batch_size": args.per_device_train_batch_size,
-            "progress": progress,
-        }
+        self._progress = progress
 
     def score(self) -> Scores:
         """Return the score of each unit."""
@@ -74,7 +71,7 @@ class FirstStages:
                 target=target,
                 refit_blocks=self._refit_NT if rounds else None,
                 seed=args.seed,
-                **self._how,
+                progress=self._progress,
             ),
             method=args.method,
             gates=model.kinds,
@@ -103,10 +100,15 @@ class FirstStages:
             return None
         return self.products.keep(
             "refit",
-            lambda: refit(self.model, masks, self._refit_NT, rank=self.args.lora_rank, **self._how),
+            lambda: refit(
+                self.model,
+                masks,
+                self._refit_NT,
+                rank=self.args.lora_rank,
+                progress=self._progress,
+            ),
             folder=self._folder_of(target),
             everywhere=not self.model.is_sharded,
-            batch_size=self.args.per_device_train_batch_size,
             rank=self.args.lora_rank,
         )
 
