@@ -173,7 +173,7 @@ def plot(
     plt.rcParams["font.size"] = 13
     figure, axes = plt.subplots(figsize=(5, 4))
     methods = sorted({x["method"] for x in records}, key=lambda x: (x != METHODS[0], x))
-    for method in methods:
+    for place, method in enumerate(methods):
         own = sorted((x for x in records if x["method"] == method), key=lambda x: x["minutes"])
         points = [(x["minutes"], figures_of(x, dense)["other"]) for x in own]
         [line] = axes.plot(*zip(*points, strict=True), marker="o", markersize=9, linewidth=2.5)
@@ -183,7 +183,7 @@ def plot(
             axes.annotate(
                 f"{y:.2f}" if i else f"{name}: {y:.2f}",
                 (x, y),
-                (0, -24) if method == METHODS[0] else (0, 11),
+                (0, -24 if not place else 11 if i else 18 * place - 7),  # names one above another
                 textcoords="offset points",
                 ha=side,
                 color=line.get_color(),
@@ -197,7 +197,7 @@ def plot(
     axes.set_xlabel(clock)
     axes.yaxis.set_major_locator(plt.MaxNLocator(4))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.08, y=0.2)
+    axes.margins(x=0.08, y=0.35)
     axes.set_ylim(bottom=0.95)
     title = "Perplexity on other text ÷ dense (lower is better)"
     axes.set_title(f"{title}\n{100 * target:g} % of the decoder removed", loc="left", fontsize=12)
