@@ -432,7 +432,7 @@ def test_few_batches_tell_of_many(tmp_path: Path) -> None:
     def of(blocks: int) -> Need:
         return Walk(values, settings(tmp_path), 24, torch.float32).refit(blocks)
 
-    ours, whole = in_batches(of, 18, (4, 6)), of(18)
+    ours, whole = in_batches(of, 20, (8, 12)), of(20)
     assert ours.peak == pytest.approx(whole.peak, rel=0.01)
     assert ours.flops == pytest.approx(whole.flops, rel=0.01)
 
@@ -762,9 +762,9 @@ def test_what_devices_send_each_other_is_told_by_the_stages(tmp_path: Path) -> N
     assert taught.moved["passed"] == 2 * micro_batches * layers  # forward and backward
     assert taught.moved["gathered"] == 0  # the teacher's layer is there for the student's pass
     assert taught.sent(4, sharded=False) == pytest.approx(20 * adapters * 2 * 3 / 4)
-    # Of each of two projections: X^T X, the stream's lack, and the fitted weight, in fp32.
-    sums = [x * x + 2 * 64 * x for x in (64, 192)]
-    assert refit.need.moved["summed"] == pytest.approx(4 * 2 * sum(sums))
+    # Of each of two projections: X^T X, the lack (fp64), and the fitted weight (fp32).
+    sums = [8 * (x * x + 64 * x) + 4 * 64 * x for x in (64, 192)]
+    assert refit.need.moved["summed"] == pytest.approx(2 * sum(sums))
     # The dense model's pass, two sums, the second one's target, and the pass on.
     assert refit.need.moved["gathered"] == pytest.approx(5 * layers)
     own = refit.need.sent(4, sharded=True) - refit.need.sent(4, sharded=False)
