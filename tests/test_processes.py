@@ -453,6 +453,9 @@ team = everyone()
 seen = []
 whole = team.by_rows(7, lambda rows: seen.append(rows) or torch.arange(14.0).view(7, 2)[rows])
 assert torch.equal(whole, torch.arange(14.0).view(7, 2))
+pairs = []
+whole = team.by_rows(7, lambda rows: pairs.append(rows) or torch.arange(7.0)[rows], together=2)
+assert torch.equal(whole, torch.arange(7.0)) and pairs[0].start in (0, 4)
 apart = torch.full((2, 3), 1.0 + team.rank).T  # rows are not next to each other
 count = torch.tensor(team.rank)
 team.add_up([apart, count])

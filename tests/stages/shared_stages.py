@@ -132,8 +132,10 @@ def main(model: str, out: str, blocks: str, sharded: str, *methods: str) -> None
         counted("write", lambda: written(prepared, tokenizer, folder))
         counted("judge", lambda: judged(prepared, other, tokenizer, text))
     else:
-        scores = counted("score", lambda: score(prepared, text[:count], target=0.2))
-        counted("refit", lambda: refit(prepared, choose(prepared, scores, 0.2), text[:count]))
+        # Beyond 30 %, so that what a first refit leaves is scored again.
+        own = text[:count]
+        scores = counted("score", lambda: score(prepared, own, target=0.4, refit_blocks=own))
+        counted("refit", lambda: refit(prepared, choose(prepared, scores, 0.4), own))
     save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{rank()}.safetensors")
     (folder / f"{rank()}.json").write_text(json.dumps(products))
 

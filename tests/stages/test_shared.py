@@ -61,6 +61,7 @@ def test_four_processes_do_a_quarter_each_of_every_stage(
             assert all(share <= 0.3 for share in shares.values()), (sharded, shares)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "methods"),
     [
@@ -69,9 +70,9 @@ def test_four_processes_do_a_quarter_each_of_every_stage(
     ],
 )
 def test_processes_without_a_batch_of_their_own_add_nothing(
-    name: str, methods: tuple[str, ...], tiny_model: Callable, tmp_path: Path
+    name: str, methods: tuple[str, ...], dtype: torch.dtype, tiny_model: Callable, tmp_path: Path
 ) -> None:
-    tiny_model(name).save_pretrained(tmp_path)
+    tiny_model(name).to(dtype).save_pretrained(tmp_path)
     one = stages(tmp_path, 1, 6, *methods)
     for sharded in (False, True):
         assert_same(one, stages(tmp_path, 3, 6, *methods, sharded=sharded))
