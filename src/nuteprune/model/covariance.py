@@ -68,11 +68,12 @@ class Covariance:
         """Return both triangles of the sum over all processes, in fp32, and let go of the sum."""
         sum_II = self._sum()
         self._sum_II = None
-        team.add_up([sum_II])
+        starts = range(0, self._size, PANEL)
+        team.add_up(sum_II[start:, start : start + PANEL] for start in starts)
         whole_II = torch.empty_like(sum_II, dtype=torch.float32)
 
         def mirror() -> None:
-            for start in range(0, self._size, PANEL):
+            for start in starts:
                 panel = slice(start, start + PANEL)
                 whole_II[start:, panel] = sum_II[start:, panel]
                 whole_II[panel, start:] = sum_II[start:, panel].T
