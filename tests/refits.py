@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.shrink.least_squares import Fit, Install
+from nuteprune.shrink.least_squares import Install
+from nuteprune.shrink.ridge import Fit
 
 
 def install_weight(anatomy: Anatomy) -> Install:
