@@ -5,8 +5,7 @@
 
 Each row is a run of the command itself, under torchrun where it has several processes (gloo, one
 thread each), and a file in OUT: a table that was stopped goes on. All rows read the same text, and
-their batches together have as many blocks. With `--given` the others get the units of one process:
-where some cost all but the same, the order of a sum decides which of them go.
+their batches together have as many blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,8 +34,6 @@ WAYS = {"one": (1, False)} | {
 BATCH = 4
 TOKENS = 32768
 """Of the model's own text, written once."""
-GIVEN = ("settings.json", "judge.json", "score.safetensors", "choose.safetensors")
-"""What a run goes on from that gets its units."""
 
 
 def pruned(way: str, target: float, dtype: str, steps: int, out: Path, own: Path) -> None:
@@ -108,10 +104,6 @@ def row(name: str, way: str, target: float, dtype: str, args: argparse.Namespace
     """Return what is found of a run, beside that of one process."""
     folder = Path(args.out)
     out, one = (folder / x for x in (name, name_of("one", target, dtype, args.steps)))
-    if args.given:
-        (out / RUN).mkdir(parents=True, exist_ok=True)
-        for file in GIVEN:
-            shutil.copy(one / RUN / file, out / RUN / file)
     pruned(way, target, dtype, args.steps, out, folder / "own.jsonl")
     records = [json.loads((x / "nuteprune.json").read_text()) for x in (out, one)]
     return {
@@ -119,7 +111,6 @@ def row(name: str, way: str, target: float, dtype: str, args: argparse.Namespace
         "target": target,
         "dtype": dtype,
         "steps": args.steps,
-        "given": args.given,
         "other_units": other_units(out, one),
         "refitted": distance(out, one, "run/refit.safetensors"),
         "learned": distance(out, one, f"run/checkpoint-{args.steps}/{STATE}", "lora/"),
@@ -140,7 +131,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for x in rows:
         one = ones[x["target"], x["dtype"], x["steps"]]
         cells = [f"{x['target']:.0%}", x["dtype"], x["way"]]
-        cells += ["given" if x["given"] else str(x["other_units"])]
+        cells += [str(x["other_units"])]
         cells += [
             "" if x.get(k) is None else f"{x[k]:.0e}" for k in ("refitted", "learned", "stored")
         ]
@@ -160,7 +151,6 @@ def main() -> None:
     parser.add_argument("--targets", default="0.2,0.5")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--given", action="store_true", help="with the units of one process")
     parser.add_argument("--show", action="store_true")
     args = parser.parse_args()
     folder = Path(args.out)
@@ -172,15 +162,13 @@ def main() -> None:
         subprocess.run(command, env=one_thread(), check=True)
     for dtype in () if args.show else args.dtypes.split(","):
         for target in map(float, args.targets.split(",")):
-            for way in list(WAYS)[args.given :]:
-                name = name_of(way, target, dtype, args.steps) + "-given" * args.given
+            for way in WAYS:
+                name = name_of(way, target, dtype, args.steps)
                 if not (folder / f"{name}.json").exists():
                     found = row(name, way, target, dtype, args)
                     (folder / f"{name}.json").write_text(to_json(found))
     rows = [json.loads(path.read_text()) for path in folder.glob("*-steps*.json")]
-    rows.sort(
-        key=lambda x: (x["steps"], x["dtype"], x["target"], x["given"], list(WAYS).index(x["way"]))
-    )
+    rows.sort(key=lambda x: (x["steps"], x["dtype"], x["target"], list(WAYS).index(x["way"])))
     RESULTS.write_text(to_json(rows))
     print(table(rows))
 
