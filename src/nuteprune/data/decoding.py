@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +125,12 @@ def next_batch(
     if chats_are_due():
         return [TextInProgress(opening, None) for _ in range(sizes.chats)], sizes.chat_tokens
     return [TextInProgress(opening, begun + i) for i in range(sizes.plain)], sizes.plain_tokens
+
+
+WriteBatch = Callable[
+    [Openings, Sequence[TextInProgress], int, torch.Generator, Team], Iterator[int]
+]
+"""Writes a batch; see `write_batch`, which does it with the model itself."""
 
 
 def write_batch(

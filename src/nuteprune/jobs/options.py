@@ -147,5 +147,9 @@ class Writing:
     seed: int = option("Seed of what is drawn (default {default}).", PruneSettings.seed)
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
+    engine: str = option(
+        "What draws the tokens: torch (default), or vllm where that is installed, to other bytes.",
+        "torch",
+    )
     overwrite: bool = option(REPLACE, False)
     trust_remote_code: bool = option(_HELP["trust_remote_code"], False)

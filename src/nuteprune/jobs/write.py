@@ -6,13 +6,16 @@ import os
 import time
 from typing import Any
 
+import torch
+
 from nuteprune.console import Output
+from nuteprune.data.decoding import WriteBatch
 from nuteprune.data.tokens import check_positions
-from nuteprune.errors import RunFailed
+from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home, partial_of, remove, writing
 from nuteprune.jobs.guard import alone, check_file
 from nuteprune.jobs.options import Writing
-from nuteprune.jobs.sources import load_model, load_tokenizer, pick_device, pick_dtype
+from nuteprune.jobs.sources import load_model, load_tokenizer, locate, pick_device, pick_dtype
 from nuteprune.run import in_percent
 from nuteprune.run_folder import SELF_WRITTEN
 from nuteprune.stages.write import write
@@ -30,6 +33,7 @@ def run(asked: Writing, output: Output) -> dict[str, Any]:
     check_file("--out", path, [("model", asked.model)], asked.overwrite, SELF_WRITTEN)
     device, dtype = pick_device(asked.device), pick_dtype(asked.dtype, asked.device)
     tokenizer = load_tokenizer(asked.model, asked.trust_remote_code)
+    engine = engine_of(asked, dtype)  # before the model: it starts processes
     model = load_model(asked.model, dtype)
     check_positions(asked.length, model.config)
     # The stage writes a folder's file batch by batch, so that a killed command goes on.
@@ -37,13 +41,14 @@ def run(asked: Writing, output: Output) -> dict[str, Any]:
     with alone(folder), output.bars() as bars:
         try:
             texts = write(
-                model.to(device),  # type: ignore[arg-type]
+                model if engine else model.to(device),  # type: ignore[arg-type]
                 tokenizer,
                 tokens=asked.tokens,
                 length=asked.length,
                 seed=asked.seed,
                 folder=folder,
                 progress=in_percent(bars.update),
+                engine=engine,
             )
         except RunFailed as error:  # the user knows the file by its own name
             why = getattr(error.__cause__, "strerror", None) or error
@@ -62,3 +67,20 @@ def run(asked: Writing, output: Output) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def engine_of(asked: Writing, dtype: torch.dtype) -> WriteBatch | None:
+    """Return what writes in the model's place; None: the model does. Errors as of `run`."""
+    if asked.engine == "torch":
+        return None
+    if asked.engine != "vllm":
+        raise UserError(f"--engine is {asked.engine}; pass torch or vllm")
+    from nuteprune.data.vllm_writer import VllmWriter
+
+    return VllmWriter(
+        locate(asked.model),
+        dtype,
+        asked.length,
+        seed=asked.seed,
+        trust_remote_code=asked.trust_remote_code,
+    )

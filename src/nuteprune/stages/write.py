@@ -8,13 +8,21 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from nuteprune.data.decoding import BatchSizes, fitting, next_batch, seconds_per_token, write_batch
+from nuteprune.data.decoding import (
+    BatchSizes,
+    WriteBatch,
+    fitting,
+    next_batch,
+    seconds_per_token,
+    write_batch,
+)
 from nuteprune.data.tokens import Openings, bos_of, end_of, openings, texts_of
 from nuteprune.data.training_text import written_blocks
 from nuteprune.errors import UserError
@@ -49,6 +57,7 @@ def write(
     folder: Path,
     progress: Progress = lambda done, total: None,
     team: Team = ALONE,
+    engine: WriteBatch | None = None,
 ) -> list[list[int]]:
     """Let a model write text, drawn at temperature 1, and keep it in a file.
 
@@ -70,6 +79,8 @@ def write(
         folder: where the file is, by the name of `run_folder.SELF_WRITTEN`; made if need be.
         progress: told how many tokens are written, and how many are asked for.
         team: processes that hold the model, and share the texts of a batch out.
+        engine: what writes batches in the model's place, to bytes of its own; such as
+            `data.vllm_writer.VllmWriter`.
 
     Returns:
         Token ids of each text, ended by the token that ends a text, as `training_blocks` takes
@@ -81,7 +92,8 @@ def write(
     """
     end = end_of(tokenizer)
     opening, sizes = _how(model, tokenizer, tokens, length, seed)
-    about = {**known_by(model, tokenizer), "key": _key(model, opening, sizes, seed)}
+    about = {**known_by(model, tokenizer), "key": _key(model, opening, sizes, seed, engine)}
+    batches = engine or partial(write_batch, model)
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +105,7 @@ def write(
         number = len(found)
         draws = random.Random(f"{seed} {number}").getrandbits(63)
         generator = torch.Generator().manual_seed(draws)
-        for written in write_batch(model, opening, batch, longest, generator, team):
+        for written in batches(opening, batch, longest, generator, team):
             progress(min(have + written, tokens), tokens)
         ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
         of = {"batch": number, "of": len(ended), **about}
@@ -250,11 +262,18 @@ def known_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict
     return {"model": signs.hexdigest(), "tokenizer": said.hexdigest()}
 
 
-def _key(model: PreTrainedModel, opening: Openings, sizes: BatchSizes, seed: int) -> str:
+def _key(
+    model: PreTrainedModel,
+    opening: Openings,
+    sizes: BatchSizes,
+    seed: int,
+    engine: WriteBatch | None = None,
+) -> str:
     """Return what tells a file of the same text from one that the model wrote otherwise."""
     facts = [str(model.dtype), sorted(opening.ends), opening.known, opening.start]
     # The order of first tokens follows from the model and the seed, but for rounding.
     facts += [sorted(opening.firsts), opening.asks, opening.answers, opening.chats, sizes, seed]
+    facts += [type(engine).__name__] if engine else []
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
