@@ -65,7 +65,7 @@ def of_call(node: ast.Call) -> Iterator[str]:
         yield "yaml.load of objects"
     # Off, or what the user's flag says: the name is a parameter all the way down.
     if given.get("trust_remote_code", "False") not in {
-        *("False", "trust_remote_code", "job.trust_remote_code"),
+        *("False", "trust_remote_code", "job.trust_remote_code", "asked.trust_remote_code"),
     }:
         yield "trust_remote_code by itself"
 

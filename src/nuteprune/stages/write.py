@@ -8,7 +8,6 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +92,6 @@ def write(
     end = end_of(tokenizer)
     opening, sizes = _how(model, tokenizer, tokens, length, seed)
     about = {**known_by(model, tokenizer), "key": _key(model, opening, sizes, seed, engine)}
-    batches = engine or partial(write_batch, model)
     path = folder / SELF_WRITTEN
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +103,8 @@ def write(
         number = len(found)
         draws = random.Random(f"{seed} {number}").getrandbits(63)
         generator = torch.Generator().manual_seed(draws)
-        for written in batches(opening, batch, longest, generator, team):
+        how = opening, batch, longest, generator, team
+        for written in engine(*how) if engine else write_batch(model, *how):
             progress(min(have + written, tokens), tokens)
         ended = [x.ids if x.ended else [*x.ids, *end] for x in batch]
         of = {"batch": number, "of": len(ended), **about}
