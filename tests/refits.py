@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
-from nuteprune.shrink.least_squares import Install
-from nuteprune.shrink.ridge import Fit
+from nuteprune.shrink.least_squares import Fit, Install
 
 
 def install_weight(anatomy: Anatomy) -> Install:

@@ -16,8 +16,7 @@ from nuteprune.model.family import Projection
 from nuteprune.model.hooks import MaskHooks
 from nuteprune.model.lora import LoraBank
 from nuteprune.shrink.finalize import merge_layer
-from nuteprune.shrink.least_squares import fit_projections
-from nuteprune.shrink.ridge import RIDGE
+from nuteprune.shrink.least_squares import RIDGE, fit_projections
 from nuteprune.stages import Prunable
 from nuteprune.stages.refit import refit
 from tests.families import MIXTURES

@@ -13,13 +13,16 @@ counted g^2 times. It makes up for nothing else.
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
 refitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
 
-Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, E experts, F neurons of each.
+Shape suffixes: B batch, T tokens, D hidden width, O rows, I columns, K kept columns, R rank, E
+experts, F neurons of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -35,8 +38,7 @@ from nuteprune.model.layerwise import Layerwise
 from nuteprune.model.lora import effective_weight
 from nuteprune.model.weights import gathered, is_sharded, weight_of
 from nuteprune.processes import ALONE, Team
-from nuteprune.shrink.ridge import Fit, divided, ridge_fit
-from nuteprune.simulated import alike
+from nuteprune.simulated import alike, usual
 
 FEEDBACK = 0.5
 """Share of the residual stream's error that the block which reads it makes up for. All of it fits
@@ -46,6 +48,33 @@ and are asked for as much each; no such model was measured."""
 LEAST_GAIN = 0.1
 """A norm behind a block multiplies each output by its gain, so what the stream lacks is divided by
 that. Where a gain is far below this share of their root mean square, nothing is asked for."""
+
+RIDGE = 1e-1
+"""Ridge: what is added to the diagonal of C, as a share of itself; more with few tokens."""
+TOKENS_EACH = 18
+"""With fewer tokens for each input the ridge grows by as much, up to 1: else a fit to little text
+fits what is particular to it; see docs/log.md."""
+LEAST = 1e-30
+"""Ridge of an input that is always 0: the weights that read it stay as they are. Also what the
+square of a gain counts as at least."""
+LEAST_ROWS, MOST_PARTS = 48, 64
+"""Of a weight: rows that are fitted together at least, and parts that it is fitted in at most."""
+NOTHING = 1e-4
+"""A direction of the update smaller than this share of the largest is rounding."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A refitted weight.
+
+    Args:
+        weight_OI: the new weight, zero columns where inputs are gone, fp32.
+        covariance_II: X^T X of the masked inputs that it was fitted on, fp32.
+    """
+
+    weight_OI: Tensor
+    covariance_II: Tensor
+
 
 Install = Callable[[int, Projection, Fit], None]
 """Puts the fit of (layer, projection) into the model, before the next one is made."""
@@ -184,7 +213,7 @@ def _fitted_ends(anatomy: Anatomy, masks: Masks) -> list[list[tuple[str, Project
 def _inverse_gain(gain_O: Tensor) -> Tensor:
     """Return 1 / gain (O,), and about gain / least^2 where that is small; see `LEAST_GAIN`."""
     least = LEAST_GAIN * gain_O.square().mean().sqrt()
-    return gain_O / (gain_O.square() + least.square()).clamp(min=torch.finfo(gain_O.dtype).tiny)
+    return gain_O / (gain_O.square() + least.square()).clamp(min=LEAST)
 
 
 def _lost(mask: Tensor) -> bool:
@@ -200,6 +229,27 @@ def _norms_before(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
         if norm is not None and not weighed:
             found[block] = norm
     return found
+
+
+def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors B (O, R) and A (R, I) of the update from `base_OI` to the fit.
+
+    They fit outputs on the calibration inputs, not weights: the singular values are
+    those of (W' - W) C^1/2. R is `rank`, or less where fewer directions count.
+    """
+    kept_K = (fit.covariance_II.diagonal() > 0).nonzero().flatten()
+    inner_KK = with_ridge(fit.covariance_II, kept_K, RIDGE).double()
+    update_OK = (fit.weight_OI - base_OI.float())[:, kept_K].double()
+    # Left singular vectors and values of U C^1/2, from U C U^T: many times cheaper than an SVD.
+    squares_O, vectors_OO = torch.linalg.eigh(update_OK @ inner_KK @ update_OK.T)
+    sizes_O = squares_O.clamp(min=0).sqrt().flip(0)
+    left = vectors_OO.flip(1)[:, :rank][:, sizes_O[:rank] > NOTHING * sizes_O[0]]
+    # B A = U U^T (W' - W): the projection onto the leading outputs.
+    right = left.T @ update_OK
+    size = right.norm(dim=1).clamp(min=1e-12).sqrt()
+    inputs_RI = torch.zeros(len(size), base_OI.shape[1]).to(fit.weight_OI)
+    inputs_RI[:, kept_K] = (right / size[:, None]).to(inputs_RI)
+    return (left * size).to(fit.weight_OI), inputs_RI
 
 
 def _lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
@@ -241,3 +291,78 @@ def _fitted_stack(
         new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
         mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
     return fitted
+
+
+def ridge_fit(
+    weight_OI: Tensor,
+    covariance_II: Tensor,
+    mask_I: Tensor,
+    target_OI: Tensor,
+    more_OI: Tensor | None = None,
+    tokens: int | None = None,
+    together: int | None = None,
+) -> Tensor:
+    """Return the weight (O, I) that from the kept columns of X alone best gives X target^T + E.
+
+    Soft masks are taken into account: the input is X * mask, and so is the fit.
+
+    Args:
+        weight_OI: the weight that the ridge pulls towards, fp32.
+        covariance_II: X^T X of the unmasked inputs, fp32.
+        mask_I: multipliers of the inputs, 0 where they are gone.
+        target_OI: the weight whose outputs from all inputs the fit aims at, fp32.
+        more_OI: E^T X, with E what it aims at beyond these outputs, fp32; None: nothing.
+        tokens: rows of X; None: enough.
+        together: how many rows of the weight are fitted together; None: all.
+    """
+    kept_I = mask_I > 0
+    kept_K = kept_I.nonzero().flatten()
+    solve = _solver(covariance_II, kept_K, ridge_of(len(covariance_II), tokens))
+    fitted_OI = torch.zeros_like(weight_OI)
+
+    def fit(rows: slice) -> None:
+        missing_RI = (weight_OI[rows] * kept_I).neg_().add_(target_OI[rows]) @ covariance_II
+        if more_OI is not None:
+            missing_RI += more_OI[rows]
+        update_KR = solve(missing_RI[:, kept_K].T)
+        fitted_RK = (weight_OI[rows][:, kept_K] + update_KR.T) / mask_I[kept_K].float()
+        fitted_OI[rows, kept_K] = fitted_RK
+
+    size = together or len(weight_OI)
+    for start in alike(range(0, len(weight_OI), size), weight_OI):
+        fit(slice(start, start + size))
+    return fitted_OI
+
+
+def divided(rows: int) -> int:
+    """Return how many rows of a weight are fitted together; it divides them.
+
+    As many for any number of processes: rounding may depend on it.
+    """
+    least = max(LEAST_ROWS, -(-rows // MOST_PARTS))
+    return next(size for size in range(min(least, rows), rows + 1) if rows % size == 0)
+
+
+def ridge_of(inputs: int, tokens: int | None) -> float:
+    """Return the ridge of a fit to so many tokens; None: enough."""
+    return RIDGE if tokens is None else min(1.0, RIDGE * max(1.0, TOKENS_EACH * inputs / tokens))
+
+
+def with_ridge(covariance_II: Tensor, kept_K: Tensor, ridge: float) -> Tensor:
+    """Return C of the kept inputs (K, K), each input's own share added to its diagonal.
+
+    So the fit does not depend on the scale of an input, and one massive activation
+    does not pull the weights of all others back to where they were.
+    """
+    inner_KK = covariance_II[kept_K[:, None], kept_K]
+    inner_KK.diagonal().mul_(1 + ridge).add_(LEAST)
+    return inner_KK
+
+
+def _solver(covariance_II: Tensor, kept_K: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
+    # What is factored is not held: it is large, and hardly ever wanted again.
+    factor_KK, failed = torch.linalg.cholesky_ex(with_ridge(covariance_II, kept_K, ridge))
+    if usual(failed == 0):
+        return lambda wanted_KR: torch.cholesky_solve(wanted_KR, factor_KK)
+    # Rounding, or values that are not finite.
+    return partial(torch.linalg.solve, with_ridge(covariance_II, kept_K, ridge))

@@ -14,8 +14,7 @@ from nuteprune.model.family import Projection
 from nuteprune.model.layerwise import BATCH
 from nuteprune.model.lora import Weights
 from nuteprune.model.weights import weight_of
-from nuteprune.shrink.least_squares import InstallStack, fit_projections
-from nuteprune.shrink.ridge import Fit, low_rank
+from nuteprune.shrink.least_squares import Fit, InstallStack, fit_projections, low_rank
 from nuteprune.stages import Prunable
 
 FEWER_DIRECTIONS = 32
