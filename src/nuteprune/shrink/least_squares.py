@@ -6,10 +6,6 @@ inputs X: W' = W C[:, kept] (C[kept, kept] + ridge)^-1. Layers are fitted in ord
 activations of the already pruned and fitted layers before it. These have left the residual stream
 off the dense model's: a fit makes up for half of that too, also in layers that lost nothing.
 
-A routed expert is heard as g x its output, with g the router's weight of a token. So its down
-projection is fitted on its own tokens, those that the pruned model routes to it, squared errors
-counted g^2 times. It makes up for nothing else.
-
 Source: optimal brain surgeon in its layer-wise form (Hassibi and Stork 1993); the idea of
 refitting the layer's output after structured pruning, He, Zhang and Sun 2017 (arXiv 1707.06168).
 
@@ -29,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.masks import Masks
-from nuteprune.gates.surgeon_costs import Routed, neuron_covariance
 from nuteprune.model.anatomy import Anatomy, Mixture, without_lora
 from nuteprune.model.covariance import Read
 from nuteprune.model.family import BLOCK_KINDS, Projection
@@ -110,7 +105,7 @@ def fit_projections(
     """
     layers = range(len(anatomy.layers))
     ends = _fitted_ends(anatomy, masks)
-    thin = [None if install_stack is None else _lost_neurons(anatomy, masks, i) for i in layers]
+    thin = [None] * len(layers) if install_stack is None else _lost_neurons(anatomy, masks)
     if not any(ends) and all(x is None for x in thin):  # as where whole experts go alone
         for _ in ends:
             progress()
@@ -129,12 +124,14 @@ def fit_projections(
             install(i, projection, _fit(anatomy, text, i, block, mask, *lack, dense, team))
         read.clear()  # large, as what the next layer's norms read
         if install_stack is not None and (mask_EF := thin[i]) is not None:
+            from nuteprune.shrink.expert_fits import fitted_stack  # mixtures alone need it
+
             mixture = cast(Mixture, anatomy.mixture(i))
             with gathered(anatomy.layers[i]):
                 with dense(i):
                     target = mixture.stack(mixture.down)
                 routed = text.calls(i, mixture.experts)
-                fitted = _fitted_stack(mixture, routed, mask_EF, target, team)
+                fitted = fitted_stack(mixture, routed, mask_EF, target, team)
             install_stack(i, mixture.down, fitted)
             del target, routed, fitted  # large
         text.advance(i)
@@ -204,7 +201,7 @@ def _fitted_ends(anatomy: Anatomy, masks: Masks) -> list[list[tuple[str, Project
             mask = masked[block]
             if mask is None or anatomy.projection(i, projection) is None:
                 continue
-            if _lost(mask) or (lost and block in norms):
+            if has_lost(mask) or (lost and block in norms):
                 lost = True
                 own.append((block, projection, mask))
     return found
@@ -216,7 +213,17 @@ def _inverse_gain(gain_O: Tensor) -> Tensor:
     return gain_O / (gain_O.square() + least.square()).clamp(min=LEAST)
 
 
-def _lost(mask: Tensor) -> bool:
+def _lost_neurons(anatomy: Anatomy, masks: Masks) -> list[Tensor | None]:
+    """Return multipliers (E, F) of each layer's experts, where they lost neurons."""
+    if "expert_neurons" not in masks.values:
+        return [None] * len(anatomy.layers)
+    from nuteprune.shrink.expert_fits import lost_neurons
+
+    return [lost_neurons(anatomy, masks, i) for i in range(len(anatomy.layers))]
+
+
+def has_lost(mask: Tensor) -> bool:
+    """Return whether a mask has zeros."""
     return not bool((mask > 0).all())
 
 
@@ -250,47 +257,6 @@ def low_rank(fit: Fit, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inputs_RI = torch.zeros(len(size), base_OI.shape[1]).to(fit.weight_OI)
     inputs_RI[:, kept_K] = (right / size[:, None]).to(inputs_RI)
     return (left * size).to(fit.weight_OI), inputs_RI
-
-
-def _lost_neurons(anatomy: Anatomy, masks: Masks, layer: int) -> Tensor | None:
-    """Return multipliers (E, F) of a layer's experts, of which some are 0; else None.
-
-    Multipliers of removed experts are 1. Also None where experts do not show their neurons.
-    """
-    mixture, neurons = anatomy.mixture(layer), masks.part("expert_neurons", layer)
-    if mixture is None or neurons is None or mixture.entry.weighed_first:
-        return None
-    neurons_EF = neurons.view(mixture.sizes)
-    if (experts_E := masks.part("experts", layer)) is not None:
-        neurons_EF = neurons_EF.masked_fill((experts_E <= 0).unsqueeze(-1), 1.0)
-    return neurons_EF if _lost(neurons_EF) else None
-
-
-@torch.no_grad()
-def _fitted_stack(
-    mixture: Mixture, routed: Routed, mask_EF: Tensor, target: Tensor, team: Team
-) -> Tensor:
-    """Return the stack of down projections, in the entry's layout, fitted where neurons are gone.
-
-    Columns of neurons that are gone stay as they were, for neurons that may return.
-
-    Args:
-        mixture: the experts, their neurons whole.
-        routed: the experts' inputs in the pruned model, on this process's calibration text.
-        mask_EF: multipliers of neurons, 0 where they are gone.
-        target: the stack whose outputs from all neurons the fit aims at.
-        team: the processes that share the text out.
-    """
-    stack = mixture.stack(mixture.down).detach()
-    fitted = stack.clone()
-    thin = [i for i, mask_F in enumerate(mask_EF) if _lost(mask_F)]
-    for expert in alike(thin, stack):
-        mask_F, kept_F = mask_EF[expert], mask_EF[expert] > 0
-        own_DF, wanted_DF = (mixture.plain(x[expert]).float() for x in (stack, target))
-        covariance_FF = neuron_covariance(mixture, routed, expert, team)
-        new_DF = ridge_fit(own_DF, covariance_FF, mask_F.to(own_DF), wanted_DF)
-        mixture.plain(fitted[expert]).copy_(torch.where(kept_F, new_DF, own_DF))
-    return fitted
 
 
 def ridge_fit(
