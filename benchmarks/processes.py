@@ -130,8 +130,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ones = {(x["target"], x["dtype"], x["steps"]): x for x in rows if x["way"] == "one"}
     for x in rows:
         one = ones[x["target"], x["dtype"], x["steps"]]
-        cells = [f"{x['target']:.0%}", x["dtype"], x["way"]]
-        cells += [str(x["other_units"])]
+        cells = [f"{x['target']:.0%}", x["dtype"], x["way"], str(x["other_units"])]
         cells += [
             "" if x.get(k) is None else f"{x[k]:.0e}" for k in ("refitted", "learned", "stored")
         ]
@@ -167,7 +166,7 @@ def main() -> None:
                 if not (folder / f"{name}.json").exists():
                     found = row(name, way, target, dtype, args)
                     (folder / f"{name}.json").write_text(to_json(found))
-    rows = [json.loads(path.read_text()) for path in folder.glob("*-steps*.json")]
+    rows = [json.loads(path.read_text()) for path in folder.glob("*-steps.json")]
     rows.sort(key=lambda x: (x["steps"], x["dtype"], x["target"], list(WAYS).index(x["way"])))
     RESULTS.write_text(to_json(rows))
     print(table(rows))

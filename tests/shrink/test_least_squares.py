@@ -19,10 +19,8 @@ from nuteprune.shrink.least_squares import (
     FEEDBACK,
     LEAST_GAIN,
     RIDGE,
-    Fit,
     _inverse_gain,
     fit_projections,
-    low_rank,
     ridge_fit,
     ridge_of,
 )
@@ -86,25 +84,6 @@ def test_ridge_fit_undoes_soft_masks() -> None:
     fitted = ridge_fit(weight, x.T @ x, mask, weight)
     plain = ridge_fit(weight, x.T @ x, (mask > 0).float(), weight)
     assert torch.allclose((x * mask) @ fitted.T, x @ plain.T, atol=1e-3)
-
-
-def test_low_rank_is_the_best_of_its_rank_in_outputs() -> None:
-    x, base = correlated(), torch.randn(6, 12)
-    target = base + torch.randn(6, 12) * 0.1
-    fit = Fit(target, x.T @ x)
-    whole = torch.linalg.svdvals(x @ (target - base).T)
-    for rank in (1, 3, 6):
-        out_OR, in_RI = low_rank(fit, base, rank)
-        error = (x @ (target - base - out_OR @ in_RI).T).norm()
-        assert error <= whole[rank:].norm() * 1.05 + 1e-2
-
-
-def test_low_rank_leaves_rounding_out() -> None:
-    x, base = correlated(), torch.randn(6, 12)
-    target = base + torch.randn(6, 2) @ torch.randn(2, 12)
-    out_OR, in_RI = low_rank(Fit(target, x.T @ x), base, 5)
-    assert out_OR.shape == (6, 2)
-    torch.testing.assert_close(out_OR @ in_RI, target - base, rtol=1e-3, atol=1e-3)
 
 
 def pruned(tiny_model) -> tuple[Anatomy, MaskHooks, Masks]:

@@ -19,18 +19,18 @@ from nuteprune.errors import UserError
 from nuteprune.jobs.options import Writing
 from nuteprune.jobs.write import engine_of
 from nuteprune.stages import write as stage
+from tests.stages.test_write import CHAT, SHORT, VOCABULARY, copy
 
-CHAT = (
-    "<s>{% for m in messages %}{{ m.role[0] }}{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}a{% endif %}"
-)
-HOW: dict[str, Any] = {"tokens": 400, "length": 24, "seed": 3}
-VOCABULARY = 320  # beyond what the tokenizer knows
+EOS = 2
+LENGTH = 64  # room for a question that ends, and an answer
+HOW: dict[str, Any] = {"tokens": 1500, "length": LENGTH, "seed": 3}
 
 
 def drawn(logits_BV: Tensor, _: Tensor | None = None) -> Tensor:
-    """Return tokens that are as good as drawn, but follow from the logits."""
-    return (logits_BV * 1e4).remainder(1).argmax(-1)
+    """Return tokens that are as good as drawn, but follow from the logits; many end a text."""
+    chances_BV = (logits_BV * 1e4).remainder(1)
+    chances_BV[..., EOS] = chances_BV[..., EOS] ** 0.05
+    return chances_BV.argmax(-1)
 
 
 class FakeEngine:
@@ -39,7 +39,7 @@ class FakeEngine:
     model: PreTrainedModel
 
     def __init__(self, **how: Any) -> None:
-        self.how = how
+        self.how, self.seeds = how, list[int]()
         self.llm_engine = SimpleNamespace(
             model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
         )
@@ -55,6 +55,7 @@ class FakeEngine:
     def answer(self, prompt: dict[str, list[int]], params: dict[str, Any]) -> list[int]:
         assert params["temperature"] == 1
         assert params["ignore_eos"]
+        self.seeds.append(params["seed"])
         found: list[int] = []
         while len(found) < params["max_tokens"]:
             ids = torch.tensor([[*prompt["prompt_token_ids"], *found]])
@@ -72,21 +73,14 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tiny_model) -> type[FakeEngine]:
     vars(module).update(LLM=FakeEngine, SamplingParams=lambda **how: how)
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(decoding, "draw", drawn)
-    monkeypatch.setattr(decoding, "TEXT_TOKENS", 10)
+    monkeypatch.setattr(decoding, "TEXT_TOKENS", SHORT)
     FakeEngine.model = tiny_model("llama", vocab_size=VOCABULARY).double()
     return FakeEngine
 
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer) -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer.backend_tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
-    made.chat_template = CHAT
-    return made
+    return copy(tiny_tokenizer, CHAT)
 
 
 def test_the_engine_writes_what_the_model_would_where_both_draw_alike(
@@ -94,14 +88,16 @@ def test_the_engine_writes_what_the_model_would_where_both_draw_alike(
 ) -> None:
     model = vllm.model
     own = stage.write(model, tokenizer, folder=tmp_path / "own", **HOW)
-    engine = VllmWriter("model", torch.float64, HOW["length"])
+    engine = VllmWriter("model", torch.float64, LENGTH)
     assert engine._engine.how["dtype"] == "float64"
     texts = stage.write(model, tokenizer, folder=tmp_path / "vllm", engine=engine, **HOW)
     assert texts == own
-    opening = openings(model, tokenizer, most=HOW["length"] - 1, seed=HOW["seed"])
+    seeds = engine._engine.seeds
+    assert len(set(seeds)) == len(seeds) > len(texts)  # a chat takes two
+    opening = openings(model, tokenizer, most=LENGTH - 1, seed=HOW["seed"])
     chats = [x for x in texts if tuple(x[: len(opening.asks)]) == opening.asks]
     assert chats
-    assert any(len(x) < 10 for x in texts)
+    assert any(len(x) < SHORT for x in texts)
     path = tmp_path / "vllm" / stage.SELF_WRITTEN
     assert stage.read_written(path, model, tokenizer, tokens=HOW["tokens"]) == texts
     again = stage.write(model, tokenizer, folder=tmp_path / "vllm", **HOW)  # not gone on with
@@ -117,4 +113,10 @@ def test_without_vllm_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 def test_another_engine_is_refused() -> None:
     asked = Writing("demo", 10, Path("own.jsonl"), engine="other")
     with pytest.raises(UserError, match="--engine is other; pass torch or vllm"):
+        engine_of(asked, torch.float32)
+
+
+def test_a_device_is_not_for_vllm() -> None:
+    asked = Writing("demo", 10, Path("own.jsonl"), engine="vllm", device="cpu")
+    with pytest.raises(UserError, match="leave --device out"):
         engine_of(asked, torch.float32)

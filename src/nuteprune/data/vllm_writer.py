@@ -39,6 +39,8 @@ class VllmWriter:
         trust_remote_code: bool = False,
     ) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # A process that torch has started threads in must not be forked.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         try:
             vllm: Any = import_module("vllm")
         except ImportError as error:
@@ -53,7 +55,7 @@ class VllmWriter:
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-        self._known = self._engine.llm_engine.model_config.get_vocab_size()
+        self._vocabulary: int = self._engine.llm_engine.model_config.get_vocab_size()
 
     def __call__(
         self,
@@ -63,16 +65,10 @@ class VllmWriter:
         generator: torch.Generator,
         team: Team = ALONE,
     ) -> Iterator[int]:
-        """Write a batch; yields the number of tokens so far.
+        """Write a batch; see `decoding.write_batch`. Yields after each call of the engine.
 
-        A chat takes two calls of the engine: one for the question, one for the answer.
-
-        Args:
-            opening: how texts begin, and what ends them.
-            batch: the texts, with nothing written yet.
-            most: tokens that a text has at most.
-            generator: draws a seed for each call and text.
-            team: must be one process; vLLM has processes of its own.
+        A chat takes two calls: one for the question, one for the answer. The generator draws a seed
+        for each call and text. The team is one process, as vLLM has processes of its own.
         """
         assert team.size == 1
         left = list(batch)
@@ -93,6 +89,7 @@ class VllmWriter:
 
     def _params(self, opening: Openings, text: TextInProgress, seed: int, most: int) -> Any:
         """Return how a text goes on: until it ends or, if it is a question, that ends."""
+        padded = opening.known < self._vocabulary
         return self._vllm.SamplingParams(
             temperature=1.0,
             seed=seed,
@@ -100,5 +97,5 @@ class VllmWriter:
             ignore_eos=True,
             stop_token_ids=sorted(opening.asked if text.asks else opening.ends),
             detokenize=False,
-            allowed_token_ids=list(range(opening.known)) if opening.known < self._known else None,
+            allowed_token_ids=list(range(opening.known)) if padded else None,
         )

@@ -33,9 +33,9 @@ def run(asked: Writing, output: Output) -> dict[str, Any]:
     check_file("--out", path, [("model", asked.model)], asked.overwrite, SELF_WRITTEN)
     device, dtype = pick_device(asked.device), pick_dtype(asked.dtype, asked.device)
     tokenizer = load_tokenizer(asked.model, asked.trust_remote_code)
-    engine = engine_of(asked, dtype)  # before the model: it starts processes
     model = load_model(asked.model, dtype)
     check_positions(asked.length, model.config)
+    engine = engine_of(asked, dtype)
     # The stage writes a folder's file batch by batch, so that a killed command goes on.
     folder = partial_of(path)
     with alone(folder), output.bars() as bars:
@@ -75,6 +75,8 @@ def engine_of(asked: Writing, dtype: torch.dtype) -> WriteBatch | None:
         return None
     if asked.engine != "vllm":
         raise UserError(f"--engine is {asked.engine}; pass torch or vllm")
+    if asked.device != "auto":
+        raise UserError("--device is for --engine torch: vLLM finds its own; leave --device out")
     from nuteprune.data.vllm_writer import VllmWriter
 
     return VllmWriter(

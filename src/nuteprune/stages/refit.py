@@ -14,7 +14,7 @@ from nuteprune.model.family import Projection
 from nuteprune.model.layerwise import BATCH
 from nuteprune.model.lora import Weights
 from nuteprune.model.weights import weight_of
-from nuteprune.shrink.least_squares import Fit, InstallStack, fit_projections, low_rank
+from nuteprune.shrink.least_squares import Fit, InstallStack, fit_projections
 from nuteprune.stages import Prunable
 
 FEWER_DIRECTIONS = 32
@@ -51,6 +51,8 @@ def refit(
         if whole:
             bank.set_weight(layer, projection, fit.weight_OI)
             return
+        from nuteprune.shrink.low_rank import low_rank  # packed weights alone need it
+
         base = anatomy.linear(layer, projection)
         assert base is not None
         bank.set_delta(layer, projection, *low_rank(fit, weight_of(base), rank))

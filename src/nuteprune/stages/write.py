@@ -266,7 +266,7 @@ def _key(
     opening: Openings,
     sizes: BatchSizes,
     seed: int,
-    engine: WriteBatch | None = None,
+    engine: WriteBatch | None,
 ) -> str:
     """Return what tells a file of the same text from one that the model wrote otherwise."""
     facts = [str(model.dtype), sorted(opening.ends), opening.known, opening.start]
