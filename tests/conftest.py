@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import multiprocessing.process
@@ -162,6 +163,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_tokenizer(tiny_tokenizer) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with a chat template."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nuteprune import load_pruned
 from nuteprune.model.anatomy import Anatomy, Mixture
@@ -148,10 +148,12 @@ def test_a_sharded_run_writes_the_weights_of_one_process(
     sparsity: float,
     tiny_inputs: Inputs,
     tiny_model: Callable,
+    tiny_chat_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     tiny_model(name, vocab_size=512).save_pretrained(tiny_inputs[0])
+    tiny_chat_tokenizer.save_pretrained(tiny_inputs[0])
     same = {"max_steps": steps, "save_steps": 2, "adam_epsilon": 1e-2, "shares": 1}
     same |= {"unlikelihood": 10}  # of what the last steps read
     asked = ["--sparsity", str(sparsity)]

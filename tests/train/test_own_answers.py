@@ -44,7 +44,6 @@ def test_questions_are_asked_as_they_stand_in_the_text(monkeypatch) -> None:
     assert {len(x) for x in prompts_in(blocks, ASKS, ANSWERS, [])} == {len(row) // 2}
     monkeypatch.setattr(own_answers, "BEGINNING", 4)
     assert prompts_in(blocks, ASKS, ANSWERS, []) == blocks[:, :4].tolist()
-    assert prompts_in(blocks, [], [], []) == blocks[:, :4].tolist()
 
 
 def made(**more: Any) -> OwnAnswers:
@@ -109,7 +108,7 @@ def chance_of_repeats(trainer: Any, rows: Tensor, marks: Tensor) -> float:
 
 @pytest.mark.slow
 def test_what_repeats_gets_less_likely(
-    tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch
+    tiny_model, tiny_chat_tokenizer, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(own_answers, "LAST", 0.5)
     monkeypatch.setattr(answers, "GRAM", 1)
@@ -122,7 +121,7 @@ def test_what_repeats_gets_less_likely(
     monkeypatch.setattr(OwnAnswers, "write", noted)
     found = {}
     for weight in (0.0, 1000.0):  # tokens of random weights have little to lose
-        given = {"processing_class": tiny_tokenizer}
+        given = {"processing_class": tiny_chat_tokenizer}
         how = {"unlikelihood": weight, "max_steps": 24, "per_device_train_batch_size": 4}
         trainer = make(tiny_model("llama"), tmp_path / str(weight), given=given, **how)
         trainer.train()
@@ -136,12 +135,12 @@ def test_what_repeats_gets_less_likely(
 
 @pytest.mark.slow
 def test_resumed_between_two_answers_is_never_interrupted(
-    tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch
+    tiny_model, tiny_chat_tokenizer, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(own_answers, "LAST", 0.75)
 
     def trained(folder: Path, resumes: bool = False) -> dict[str, Tensor]:
-        given = {"processing_class": tiny_tokenizer}
+        given = {"processing_class": tiny_chat_tokenizer}
         how = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 5}
         trainer = make(tiny_model("llama"), folder, given=given, max_steps=8, **how)
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resumes else None)
@@ -152,3 +151,11 @@ def test_resumed_between_two_answers_is_never_interrupted(
     whole = trained(tmp_path / "run")  # answers before step 2, a checkpoint after step 4
     again = trained(tmp_path / "run", resumes=True)
     assert all(torch.equal(x, again[name]) for name, x in whole.items())
+
+
+def test_a_model_without_a_chat_template_reads_none(
+    tiny_model, tiny_tokenizer, tiny_chat_tokenizer, tmp_path: Path
+) -> None:
+    for tokenizer, asked in ((tiny_tokenizer, False), (tiny_chat_tokenizer, True), (None, False)):
+        given = {"processing_class": tokenizer}
+        assert make(tiny_model("llama"), tmp_path, given=given).reads_own_answers == asked

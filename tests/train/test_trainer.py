@@ -193,12 +193,12 @@ def test_killed_and_resumed_is_never_interrupted(
 
 @pytest.mark.slow
 def test_eight_micro_batches_of_one_equal_one_of_eight(
-    tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch
+    tiny_model, tiny_chat_tokenizer, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(own_answers, "LAST", 0.5)
     settings = {"max_steps": 3, "refit": False, "calibration_blocks": 8, "unlikelihood": 100.0}
     settings["seed"] = 1  # some answers repeat
-    settings["given"] = {"processing_class": tiny_tokenizer}
+    settings["given"] = {"processing_class": tiny_chat_tokenizer}
     one = make(tiny_model("llama"), tmp_path / "a", per_device_train_batch_size=8, **settings)
     one.train()
     many = make(

@@ -111,6 +111,7 @@ def _planned(job: PruneJob, run: Run, writing: float, step: float | None) -> dic
     """
     model, args, origin = run.model.anatomy.model, copy.copy(run.args), run.model.origin
     args.sharded = args.offload = False  # what these save is by formula
+    args.unlikelihood *= run.first.reads_own_answers
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     formula = bool(job.bits or run.args.sharded)

@@ -96,7 +96,7 @@ class NutePruneConfig(PruneSettings, RunArguments):  # type: ignore[misc]  # an 
         teacher: `dense` (the dense model) or `none`: the text itself is learned, by the
             language-model loss.
         unlikelihood: weight of the unlikelihood of repeats in the student's own answers, late in
-            the run; see `train.own_answers`. It needs a tokenizer. 0: none.
+            the run; see `train.own_answers`. It needs a tokenizer with a chat template. 0: none.
 
     Parameters that control LoRA and the refit:
 

@@ -138,6 +138,14 @@ def own_answers(
     return OwnAnswers(prompts, ends_of(model, tokenizer), bos, blocks_NT.shape[1], first, seed)
 
 
+def can_be_asked(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has a chat template that shows where a question begins and where it ends.
+
+    Models without one continue text, and reading that gained nothing (docs/log.md).
+    """
+    return all(chat_marks(tokenizer))
+
+
 def own_steps(steps: int) -> int:
     """Return how many of a run's steps, the last ones, read own answers.
 
@@ -156,14 +164,14 @@ def prompts_in(
 
     Args:
         blocks_NT: token ids, without what comes before each block.
-        asks: what comes before a question; empty where there is no chat template.
+        asks: what comes before a question.
         answers: what comes between a question and its answer.
         bos: what comes before each block.
     """
     if bos and asks[: len(bos)] == bos:
         asks = asks[len(bos) :]
     found, most = [], blocks_NT.shape[1] // 2
-    for row in blocks_NT.tolist() if asks and answers else ():
+    for row in blocks_NT.tolist():
         start = len(row)
         for i in range(len(row)):
             if row[i : i + len(asks)] == asks:

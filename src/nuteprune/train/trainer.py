@@ -34,7 +34,7 @@ from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.declared import chosen_settings
 from nuteprune.train.distiller import Distiller
 from nuteprune.train.first_stages import FirstStages, calibration_blocks, check_text
-from nuteprune.train.own_answers import PROMPTED, OwnAnswers, own_answers
+from nuteprune.train.own_answers import PROMPTED, OwnAnswers, can_be_asked, own_answers
 from nuteprune.train.prepare import Prepared, prepare
 from nuteprune.train.targets import Target
 
@@ -144,9 +144,10 @@ class NutePruneTrainer(Distiller):
 
     @property
     def reads_own_answers(self) -> bool:
-        """Whether the student reads its own answers in the end, which needs a tokenizer."""
-        known = isinstance(self.processing_class, PreTrainedTokenizerBase)
-        return known and self.args.reads_own_answers
+        """Whether the student reads its own answers in the end: to questions, as chats ask them."""
+        tokenizer = self.processing_class
+        known = isinstance(tokenizer, PreTrainedTokenizerBase)
+        return known and self.args.reads_own_answers and can_be_asked(tokenizer)
 
     def _own_answers(self) -> OwnAnswers | None:
         if not self.reads_own_answers:
