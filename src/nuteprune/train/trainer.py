@@ -146,8 +146,9 @@ class NutePruneTrainer(Distiller):
     def reads_own_answers(self) -> bool:
         """Whether the student reads its own answers in the end: to questions, as chats ask them."""
         tokenizer = self.processing_class
-        known = isinstance(tokenizer, PreTrainedTokenizerBase)
-        return known and self.args.reads_own_answers and can_be_asked(tokenizer)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return False
+        return self.args.reads_own_answers and can_be_asked(tokenizer)
 
     def _own_answers(self) -> OwnAnswers | None:
         if not self.reads_own_answers:
