@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune import NutePruneTrainer
 from nuteprune.console import Output, silent
@@ -44,6 +44,7 @@ def found(
     folder: Path,
     sparsity: float = 0.2,
     output: Output = Output(quiet=True),  # noqa: B008
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **more: Any,
 ) -> Any:
     """Do a dry run of a model that writes nothing."""
@@ -62,7 +63,9 @@ def found(
         held_out={"random": torch.zeros(JUDGED, LENGTH, dtype=torch.long)},
         products=Products(None, {}),
         progress=silent,
-        first=import_module(args.PIPELINE).TRAINER(prepared, args, text.training),
+        first=import_module(args.PIPELINE).TRAINER(
+            prepared, args, text.training, processing_class=tokenizer
+        ),
         trainer_of=lambda _: run.first,
         reload=lambda _: model,
         run_folder_of=lambda _: folder,
@@ -105,6 +108,25 @@ def test_all_stages_are_planned_at_the_rate_of_a_real_step(
     assert phases["refit"]["seconds"] == pytest.approx(phases["refit"]["flops"] / rate)
     assert dry["seconds"] == pytest.approx(sum(x["seconds"] for x in dry["phases"]))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.slow(seconds=15)
+def test_a_model_without_a_chat_template_is_planned_to_read_no_own_answers(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tiny_chat_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    def taught(tokenizer: PreTrainedTokenizerBase, **more: Any) -> float:
+        small = {"num_hidden_layers": 2, "vocab_size": 512}
+        more |= {"calibration_blocks": 2, "max_steps": 20, "tokenizer": tokenizer}
+        dry = found(tiny_model("llama", **small), tmp_path, **more)
+        [flops] = [x["flops"] for x in dry["phases"] if x["phase"] == "teach"]
+        return float(flops)
+
+    none = taught(tiny_tokenizer)
+    assert none == taught(tiny_chat_tokenizer, unlikelihood=0)
+    assert none < taught(tiny_chat_tokenizer)
 
 
 @pytest.mark.slow(seconds=5)

@@ -44,6 +44,8 @@ def test_questions_are_asked_as_they_stand_in_the_text(monkeypatch) -> None:
     assert {len(x) for x in prompts_in(blocks, ASKS, ANSWERS, [])} == {len(row) // 2}
     monkeypatch.setattr(own_answers, "BEGINNING", 4)
     assert prompts_in(blocks, ASKS, ANSWERS, []) == blocks[:, :4].tolist()
+    monkeypatch.setattr(own_answers, "ANSWERS", 2)
+    assert prompts_in(blocks, [1], ANSWERS, [1]) == blocks[:, :4].tolist()  # BOS alone asks
 
 
 def made(**more: Any) -> OwnAnswers:
