@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nuteprune.console import Output
 from nuteprune.errors import UserError
@@ -61,7 +62,7 @@ def use_rates(
 
 @pytest.mark.parametrize(
     ("block", "blocks"),
-    [(0.01, 32), (0.5, 32), (1.1, 12), (1.5, 8)],
+    [(0.01, 32), (0.5, 32), (1.3, 12), (1.7, 8)],
 )
 def test_a_slower_machine_reads_less_before_the_first_step(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, block: float, blocks: int
@@ -184,6 +185,33 @@ def test_text_takes_a_while_however_little_it_is(
         planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True))
         steps.append(planned.settings["max_steps"])
     assert steps[0] > steps[1] + 5
+
+
+def test_a_large_head_takes_its_time_in_steps_and_not_in_the_refit(
+    tiny_inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that are as fast with a larger head leave a smaller decoder to refit."""
+    model, text = map(str, tiny_inputs)
+    settings = {"target_sparsity": 0.2, "neuron_multiple": 8}
+    job = PruneJob(model, tmp_path / "out", data=text, length=16, minutes=4, settings=settings)
+    use_rates(monkeypatch, 0.3)
+    shares, steps = [], []
+    share_of, sizes = minutes._decoder_share, iter((1, 8))
+
+    def with_head(prepared: Any) -> float:
+        weight = prepared.anatomy.embedding.weight
+        rows = torch.empty(next(sizes) * weight.shape[0], weight.shape[1])
+        monkeypatch.setattr(prepared.anatomy.embedding, "weight", torch.nn.Parameter(rows))
+        shares.append(share_of(prepared))
+        return shares[-1]
+
+    monkeypatch.setattr(minutes, "_decoder_share", with_head)
+    for _ in range(2):
+        planned = within_minutes(job, tmp_path / "scratch", Output(quiet=True))
+        steps.append(planned.settings["max_steps"])
+    decoder, head = shares[0], 1 - shares[0]
+    assert shares[-1] == pytest.approx(decoder / (decoder + 8 * head))
+    assert steps[1] > steps[0] + 5
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,15 @@ from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.stages.write import tokens_to_write
 from nuteprune.train.config import NutePruneConfig
 from nuteprune.train.declared import read_settings
+from nuteprune.train.prepare import Prepared
 from nuteprune.train.trainer import NutePruneTrainer
 
-GRADIENTS, BY_LAYER, REFIT, JUDGE = 1.1, 0.75, 0.95, 0.6
-"""Times per block, as multiples of teaching one: gradients for the scores, and what else they read
-layer by layer; refit, and judging, which includes its share of copying."""
+GRADIENTS, JUDGE = 1.1, 0.6
+"""Times per block, as multiples of teaching one: gradients for the scores; judging, with its share
+of copying."""
+BY_LAYER, REFIT = 0.95, 1.2
+"""The same of what has no language head, as multiples of the decoder's part of teaching a block:
+what scores read layer by layer; refit."""
 CUT = 0.6
 """Time to score a unit of attention by cutting it, as such a multiple. The share of them that is
 cut is about the share to remove; see `copying_kept`."""
@@ -204,10 +208,11 @@ def _times(
     method = METHODS[args.method]
     sizes = model.layout.sizes
     attention = sum(sum(sizes[kind]) for kind in ("heads", "kv_groups") if kind in model.kinds)
+    decoder = _decoder_share(model)
     scored = GRADIENTS * with_gradients(args.method, args.scored_blocks)
-    scored += BY_LAYER * method.by_layer * args.scored_blocks
+    scored += BY_LAYER * decoder * method.by_layer * args.scored_blocks
     scored += CUT * method.cuts * attention * targets[-1].sparsity
-    refit = REFIT * args.refit_blocks
+    refit = REFIT * decoder * args.refit_blocks
     again = args.tried and model.can_try_cuts
     stops = len(stops_before(targets[-1].sparsity)) * again
     blocks = (1 + stops) * scored + (stops + len(targets)) * refit
@@ -219,6 +224,18 @@ def _times(
     more = LATER * rates.token * share * job.length
     step = (rates.block + more) * args.sequences_per_step
     return blocks * rates.block + text, StepTimes(step, rates.answers)
+
+
+def _decoder_share(model: Prepared) -> float:
+    """Return the decoder's share of the weights that a token goes through; the head has the rest.
+
+    Of a small model with a large vocabulary it is a third, so refit takes half of what it takes of
+    another model whose steps are as fast.
+    """
+    budget = model.allocator.budget
+    decoder = budget.before - budget.idle(budget.shape)
+    head: int = model.anatomy.embedding.weight.numel()
+    return decoder / (decoder + head)
 
 
 def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int] | None:
