@@ -12,7 +12,7 @@ from torch import Tensor
 from nuteprune.gates.budget import Budget
 from nuteprune.gates.importance import METHODS
 from nuteprune.gates.scores import Probe
-from nuteprune.gates.surgeon import drawn_slope, surgeon_scores
+from nuteprune.gates.surgeon import SOFTER, drawn_slope, surgeon_scores
 from nuteprune.gates.surgeon_costs import DAMPING
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.hooks import MaskHooks
@@ -37,8 +37,11 @@ def clamped(rows: Tensor) -> Tensor:
     return gate * (1.702 * gate).sigmoid() * (up + 1)
 
 
-def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Of each expert: its neurons (P, F) on its tokens, their weights (P,), changes (2, F)."""
+def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], ...]:
+    """Of each expert and its tokens: neurons, weights (P,), changes of the loss, which tokens (P,).
+
+    Neurons and the changes of the loss without them are (P, F).
+    """
     experts, act = it.anatomy.mixture(layer).experts, silu
     if model.config.model_type == "gpt_oss":
         act = clamped
@@ -49,7 +52,7 @@ def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], list[Tenso
         rows = []
         for x, chosen, weights in zip(hidden, index, weight, strict=True):
             total: Any = 0
-            sequence = next(tokens) // TOKENS.shape[1]
+            token = next(tokens)
             for e, g in zip(chosen.tolist(), weights, strict=True):
                 up, down = experts.gate_up_proj[e], experts.down_proj[e]
                 if act is clamped:
@@ -59,7 +62,7 @@ def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], list[Tenso
                     inner = act(up @ x)
                     given = down @ inner
                 inner.retain_grad()
-                found[e].append((inner, g.detach(), sequence))
+                found[e].append((inner, g.detach(), token))
                 total = total + g * given
             rows.append(total)
         return torch.stack(rows)
@@ -74,16 +77,8 @@ def by_hand(model: Any, it: Probe, layer: int) -> tuple[list[Tensor], list[Tenso
     experts.forward = before
     inner = [torch.stack([a.detach() for a, _, _ in x]).double() for x in found]
     weights = [torch.stack([g for _, g, _ in x]).double() for x in found]
-    changes = []
-    for rows in found:
-        of: dict[int, Any] = {}
-        for a, _, sequence in rows:
-            of.setdefault(sequence, []).append((a.detach() * a.grad).double())
-        each = [torch.stack(x) for x in of.values()]
-        alone = sum(x.square().sum(0) for x in each)
-        together = sum(x.sum(0).square() for x in each)
-        changes.append(torch.stack([alone, together]) / len(TOKENS))
-    return inner, weights, changes
+    changes = [torch.stack([(a.detach() * a.grad).double() for a, _, _ in x]) for x in found]
+    return inner, weights, changes, [torch.tensor([token for _, _, token in x]) for x in found]
 
 
 def least_squares(inner_PF: Tensor, weight_P: Tensor, outputs_DF: Tensor) -> Tensor:
@@ -119,15 +114,25 @@ def test_costs_are_those_of_a_regression_on_an_expert_s_own_tokens(
     model = tiny_model(model_type)
     it = probe(model, "expert_neurons")
     ours = surgeon_scores(it)["expert_neurons"].view(3, 6, 24)
+    hands = [by_hand(model, it, layer) for layer in range(3)]
+    square = torch.zeros(TOKENS.numel()).double()
+    for _, _, changes, tokens in hands:
+        for change_PF, token_P in zip(changes, tokens, strict=True):
+            square.index_add_(0, token_P, change_PF.square().sum(-1))
+    softer = square ** (SOFTER / 2 - 1)
+    softer *= square.sum() / (square * softer).sum()
     for layer in (0, 2):
         down = it.anatomy.mixture(layer).experts.down_proj.double()
         outputs = down.transpose(1, 2) if model_type == "gpt_oss" else down
-        inner, weights, changes = by_hand(model, it, layer)
+        inner, weights, changes, tokens = hands[layer]
         for e in range(6):
             assert len(inner[e]) > 4
             heard = weights[e].square()
             squares = (heard @ inner[e].square()) / heard.sum()
-            alone, together = changes[e]
+            change_PF = changes[e] * softer[tokens[e]].sqrt()[:, None] / len(TOKENS) ** 0.5
+            alone, sequence = change_PF.square().sum(0), tokens[e] // TOKENS.shape[1]
+            whole = torch.zeros(len(TOKENS), 24).double().index_add_(0, sequence, change_PF)
+            together = whole.square().sum(0)
             ratio = together / alone
             added = ratio[ratio.isfinite()].median()
             size = (alone / squares * added).sqrt() / outputs[e].norm(dim=0)

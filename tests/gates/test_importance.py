@@ -19,7 +19,13 @@ from nuteprune.gates.budget import Budget, unit_parameters
 from nuteprune.gates.importance import METHODS, check_scorable
 from nuteprune.gates.masks import Masks
 from nuteprune.gates.scores import Probe, losses_of
-from nuteprune.gates.surgeon import LIKELIEST, TEMPERATURE, draw_tokens, surgeon_scores
+from nuteprune.gates.surgeon import (
+    LIKELIEST,
+    SOFTER,
+    TEMPERATURE,
+    draw_tokens,
+    surgeon_scores,
+)
 from nuteprune.gates.surgeon_costs import (
     ROUNDS,
     inverse_of_correlations,
@@ -319,19 +325,33 @@ def test_surgeon_takes_first_what_costs_least(tiny_model, tiny_name: str) -> Non
     it = probe(model, INPUTS)
     ours = surgeon_scores(it)
     lasts = {"heads": Anatomy(model).family.attention[-1], "neurons": Anatomy(model).family.mlp[-1]}
+    linears: dict[tuple[str, int], Any] = {}
+    for kind in INPUTS:
+        last = lasts["neurons" if kind == "neurons" else "heads"]
+        found = {
+            (kind, i): Anatomy(model).linear(i, last) for i in range(len(it.layout.sizes[kind]))
+        }
+        linears |= {key: x for key, x in found.items() if x is not None}  # of a layer of its kind
+    read = {linear: inputs_and_slopes(model, linear) for linear in set(linears.values())}
+    changes = {
+        linear: (d @ linear.weight.double() * x).view(len(TOKENS), -1, x.shape[-1])
+        for linear, (x, d) in read.items()
+    }
+    square: Any = sum(x.square().sum(-1) for x in changes.values())
+    softer = square ** (SOFTER / 2 - 1)
+    softer *= square.sum() / (square * softer).sum()
     for kind in INPUTS:
         parts = dict(enumerate(ours[kind].split(it.layout.sizes[kind])))
         for i, costs_U in parts.items():
-            linear = Anatomy(model).linear(i, lasts["neurons" if kind == "neurons" else "heads"])
-            if linear is None:  # in a layer of another kind
+            linear = linears.get((kind, i))
+            if linear is None:
                 continue
-            x, d = inputs_and_slopes(model, linear)
-            weight = linear.weight.double()
+            x, weight = read[linear][0], linear.weight.double()
             divided = x
             if Anatomy(model).post_norm(i, "mlp_block" if kind == "neurons" else "attn_block"):
                 divided = x / (x @ weight.T).square().mean(-1, keepdim=True).sqrt()
             c = divided.T @ divided / len(x)
-            change = (d @ weight * x).view(len(TOKENS), -1, len(c))
+            change = changes[linear] * softer.sqrt()[:, :, None]
             alone, together = change.square().sum((0, 1)), change.sum(1).square().sum(0)
             ratio = together / alone
             slopes = alone / len(TOKENS) / c.diagonal() * ratio[ratio.isfinite()].median()

@@ -29,7 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.gates.scores import LOSS_SCALE, Probe, Scores, check_finite
-from nuteprune.gates.surgeon_costs import lengths, neuron_costs, removal_costs, watched_experts
+from nuteprune.gates.surgeon_costs import (
+    Changes,
+    lengths,
+    neuron_costs,
+    removal_costs,
+    watched_experts,
+)
 from nuteprune.model.anatomy import Anatomy, Mixture
 from nuteprune.model.forwards import in_place_of, noting_calls
 from nuteprune.model.layerwise import Layerwise
@@ -45,6 +51,10 @@ LIKELIEST = 16
 """Tokens that may be drawn at a position: of all, unlikely ones would decide at `TEMPERATURE`."""
 TEMPERATURE = 2.0
 """Temperature at which they are drawn; measured in docs/log.md."""
+SOFTER = 1.5
+"""Power of a token's changes that counts; measured in docs/log.md."""
+SMALLEST = 1e-30
+"""Least squared change of a token, for its weight: padding may have none."""
 SLOTS = 4096
 """Draws at a position; tokens whose ids leave the same rest share one."""
 
@@ -52,8 +62,8 @@ Key = tuple[str, int]
 """A block, and a layer."""
 Problem = tuple[Tensor, Tensor]
 """Covariance (I, I) of the inputs of a block's last projection, and its weight (O, I)."""
-AddChanges = Callable[[str, int, Tensor], None]
-"""Takes in (block, layer, squared changes (2, I)), summed over some sequences; see `lengths`."""
+NoteChanges = Callable[[str, int, Changes], None]
+"""Takes in a block, its layer, and what the loss changes by without each of its inputs."""
 
 
 def has_cost(anatomy: Anatomy, kind: str) -> bool:
@@ -171,7 +181,9 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
     """Return the squared changes (2, I) of the loss without each input of last projections.
 
     The loss is a sequence's mean, and the changes are averaged over sequences. To first order, a
-    change is the input times the loss's gradient by it; see `lengths`.
+    change is the input times the loss's gradient by it; see `lengths`. Where a token loses much, it
+    loses less than that. So tokens are weighed by what all inputs change of them: to the power of
+    `SOFTER` in place of 2. What all inputs change together stays the same.
     """
     device = probe.anatomy.model.device
     generator = torch.Generator(device).manual_seed(probe.seed)
@@ -179,20 +191,30 @@ def input_changes(probe: Probe) -> dict[Key, Tensor]:
     for key, module in reversed(_readers(probe).items()):  # in one order in all processes
         width = math.prod(module.sizes) if isinstance(module, Mixture) else module.in_features
         total[key] = torch.zeros(2, width, dtype=sum_dtype(device), device=device)
-    sequences = sum(len(batch_BT) for batch_BT in probe.batches)
+    plain = torch.zeros((), dtype=sum_dtype(device), device=device)
+    noted: dict[Key, Changes] = {}
 
-    def add_changes(block: str, layer: int, changes_2I: Tensor) -> None:
-        total[block, layer] += changes_2I / LOSS_SCALE**2 / sequences
+    def note_changes(block: str, layer: int, changes: Changes) -> None:
+        noted[block, layer] = changes
 
-    with _gradients_of_inputs(probe, add_changes):
+    with _gradients_of_inputs(probe, note_changes):
         for i, batch_BT in enumerate(probe.batches):
             if probe.team.is_mine(i):
                 _back(probe, batch_BT.to(device), generator)
+                squares_M = torch.stack([x.squares_S for x in noted.values()]).sum(0)
+                weight_M = squares_M.clamp(min=SMALLEST) ** (SOFTER / 2 - 1)
+                for key, changes in noted.items():
+                    total[key] += changes.weighed(weight_M)
+                plain += squares_M.sum()
+                noted.clear()
             else:
                 _pass_over(probe, batch_BT, generator)
             probe.progress()
-    probe.team.add_up(total.values())
-    return {key: changes_2I.float() for key, changes_2I in total.items()}
+    probe.team.add_up((*total.values(), plain))
+    sequences = sum(len(batch_BT) for batch_BT in probe.batches)
+    softened = torch.stack([alone_I.sum() for alone_I, _ in total.values()]).sum()
+    scale = plain / softened / LOSS_SCALE**2 / sequences
+    return {key: (changes_2I * scale).float() for key, changes_2I in total.items()}
 
 
 def _back(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None:
@@ -210,35 +232,40 @@ def _pass_over(probe: Probe, ids_BT: Tensor, generator: torch.Generator) -> None
 
 
 @contextmanager
-def _gradients_of_inputs(probe: Probe, add: AddChanges) -> Iterator[None]:
+def _gradients_of_inputs(probe: Probe, note: NoteChanges) -> Iterator[None]:
     """Pass on how the loss changes without each input, while a backward pass forms gradients."""
     with ExitStack() as stack:
         stack.enter_context(probe.anatomy.embedding.register_forward_hook(_require_gradients))
         for key, module in _readers(probe).items():
-            add_own = partial(add, *key)
+            note_own = partial(note, *key)
             length = probe.batches[0].shape[1]
             if isinstance(module, Mixture):
-                watched = watched_experts(module, length, add_own)
+                watched = watched_experts(module, length, note_own)
                 stack.enter_context(in_place_of([module.experts], [watched]))
             else:
-                hook = _adding_changes(length, add_own)
+                hook = _noting_changes(length, note_own)
                 stack.enter_context(module.register_forward_pre_hook(hook))
         yield
 
 
-def _adding_changes(
-    length: int, add: Callable[[Tensor], None]
+def _noting_changes(
+    length: int, note: Callable[[Changes], None]
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         inputs = args[0].detach()
 
-        def note(grad: Tensor) -> None:
+        def found(grad: Tensor) -> None:
             # Some models (OPT) read the tokens of all sequences in a row.
-            changes_BTI = (grad.float() * inputs).view(-1, length, inputs.shape[-1])
-            rows = (changes_BTI.square().sum(1), changes_BTI.sum(1).square())
-            add(torch.stack([x_BI.sum(0) for x_BI in rows]))
+            changes_MI = (grad.float() * inputs).view(-1, inputs.shape[-1])
 
-        args[0].register_hook(note)
+            def weighed(weight_M: Tensor) -> Tensor:
+                softened_MI = changes_MI * weight_M.sqrt().unsqueeze(-1)
+                whole_BI = softened_MI.view(-1, length, softened_MI.shape[-1]).sum(1)
+                return torch.stack([x.square().sum(0) for x in (softened_MI, whole_BI)])
+
+            note(Changes(changes_MI.square().sum(-1), weighed))
+
+        args[0].register_hook(found)
 
     return hook
 

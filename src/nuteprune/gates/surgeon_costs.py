@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,15 @@ ROUNDING = 1e-2
 """How far C^-1 C may be from 1, along one direction, before it is computed in fp64."""
 ROUNDS = 24
 """Rounds in which the units of a layer go."""
+
+
+class Changes(NamedTuple):
+    """What the loss changes by without inputs, to first order, of the tokens of some sequences."""
+
+    squares_S: Tensor
+    """Squared changes of each token, summed over inputs."""
+    weighed: Callable[[Tensor], Tensor]
+    """From weights of these tokens (S,) to squared changes (2, I); see `lengths`."""
 
 
 def lengths(changes_2I: Tensor, squares_I: Tensor) -> Tensor:
@@ -191,35 +200,42 @@ Routed = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def watched_experts(
-    mixture: Mixture, length: int, add: Callable[[Tensor], None]
+    mixture: Mixture, length: int, note: Callable[[Changes], None]
 ) -> Callable[..., Tensor]:
     """Return a forward function of a layer's experts that passes on what their neurons change.
 
     Args:
         mixture: the experts.
         length: tokens of a sequence.
-        add: takes in changes (2, E x F), as `lengths` does, in a backward pass.
+        note: takes in the changes of all neurons, expert after expert, in a backward pass.
     """
     from nuteprune.model.routing import computed_with  # mixtures alone need it
 
     experts, width = mixture.sizes
 
     def forward(hidden_SD: Tensor, index_SK: Tensor, weight_SK: Tensor) -> Tensor:
-        sequences, chosen = len(hidden_SD) // length, index_SK.shape[1]
+        tokens, chosen = index_SK.shape
 
         def watch(inner_PF: Tensor, expert_P: Tensor, pair_P: Tensor) -> Tensor:
             read_PF = inner_PF.detach()
-            place_P = pair_P // (chosen * length) * experts + expert_P
+            token_P = pair_P // chosen
+            place_P = token_P // length * experts + expert_P
 
-            def note(grad_PF: Tensor) -> None:
+            def found(grad_PF: Tensor) -> None:
                 change_PF = grad_PF.float() * read_PF
-                sums_2NF = change_PF.new_zeros(2, sequences * experts, width)
-                sums_2NF[0].index_add_(0, place_P, change_PF.square())
-                sums_2NF[1].index_add_(0, place_P, change_PF)
-                sums_2NF[1].square_()
-                add(sums_2NF.view(2, sequences, -1).sum(1))
+                square_P = change_PF.square().sum(-1)
 
-            inner_PF.register_hook(note)
+                def weighed(weight_S: Tensor) -> Tensor:
+                    softened_PF = change_PF * weight_S[token_P].sqrt().unsqueeze(-1)
+                    sums_2NF = softened_PF.new_zeros(2, tokens // length * experts, width)
+                    sums_2NF[0].index_add_(0, place_P, softened_PF.square())
+                    sums_2NF[1].index_add_(0, place_P, softened_PF)
+                    sums_2NF[1].square_()
+                    return sums_2NF.view(2, tokens // length, -1).sum(1)
+
+                note(Changes(square_P.new_zeros(tokens).index_add(0, token_P, square_P), weighed))
+
+            inner_PF.register_hook(found)
             return inner_PF
 
         return computed_with(mixture.experts, watch, hidden_SD, index_SK, weight_SK)
