@@ -144,6 +144,7 @@ def test_resumed_between_two_answers_is_never_interrupted(
     def trained(folder: Path, resumes: bool = False) -> dict[str, Tensor]:
         given = {"processing_class": tiny_chat_tokenizer}
         how = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 5}
+        how |= {"target_sparsity": 0.4}  # where its answers repeat
         trainer = make(tiny_model("llama"), folder, given=given, max_steps=8, **how)
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resumes else None)
         assert len(trainer.answers.ids_NT)
