@@ -331,7 +331,7 @@ def test_surgeon_takes_first_what_costs_least(tiny_model, tiny_name: str) -> Non
         found = {
             (kind, i): Anatomy(model).linear(i, last) for i in range(len(it.layout.sizes[kind]))
         }
-        linears |= {key: x for key, x in found.items() if x is not None}  # of a layer of its kind
+        linears |= {key: x for key, x in found.items() if x is not None}  # else of another kind
     read = {linear: inputs_and_slopes(model, linear) for linear in set(linears.values())}
     changes = {
         linear: (d @ linear.weight.double() * x).view(len(TOKENS), -1, x.shape[-1])
