@@ -140,7 +140,10 @@ PLAIN: dict[str, Any] = {"method": "fisher", "quiet": True}
 """Scores that depend on no target, up to 30 %, as those of the default do."""
 
 
-@pytest.mark.parametrize("settings", [{}, {"progressive": True}], ids=["fixed", "ramp"])
+RAMP: dict[str, Any] = {"progressive": True, "steps": 6}
+
+
+@pytest.mark.parametrize("settings", [{}, RAMP], ids=["fixed", "ramp"])
 def test_each_target_has_the_model_of_a_run_of_its_own(
     settings: dict[str, Any],
     inputs: tuple[Path, Path],

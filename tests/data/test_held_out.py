@@ -3,7 +3,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from nuteprune.data import readers
-from nuteprune.data.held_out import HELD_OUT_SHARE, held_out_part, split
+from nuteprune.data.held_out import HELD_OUT_SHARE, held_out_blocks, held_out_part, split
 from nuteprune.data.readers import split_long
 from nuteprune.data.specs import iter_documents
+from nuteprune.errors import UserError
 
 
 def book(number: int, words: int = 9000) -> str:
@@ -178,3 +181,16 @@ def test_empty_lines_between_documents_belong_to_neither_however_they_are_read(
     path.write_text(between.join(["one\n\n  more", "  two", "three"]))
     (source,) = iter_documents(str(path)).values()
     assert list(source) == ["one\n\n  more", "  two", "three"]
+
+
+def test_two_texts_of_one_name_are_told_apart_or_refused(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for i, path in enumerate(("a.txt", "sub/a.txt")):
+        Path(path).write_text("\n\n\n".join(f"{i} words of {j}" for j in range(900)))
+    cut = partial(held_out_blocks, tokenizer=tiny_tokenizer, length=8, count=2)
+    assert list(cut(["a.txt", "sub/a.txt"])) == ["a.txt", "sub/a.txt"]
+    with pytest.raises(UserError, match=r"two texts are called a\.txt"):
+        cut(["sub/a.txt", "a.txt"])

@@ -111,6 +111,26 @@ def test_a_run_goes_on_with_the_plan_that_it_began_with(
 
 
 @pytest.mark.slow
+def test_each_target_goes_on_with_the_steps_that_it_began_with(
+    pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        use_rates(patch, 1.5)
+        steps = iter((7, 3))
+        patch.setattr(minutes, "steps_in_time_of", lambda *_: lambda *_: next(steps))
+        code, said, _ = pruned("out", "--minutes", 9, "--sparsity", "0.2,0.3")
+    assert code == 0, said
+    folders = [tmp_path / "out" / x for x in ("sparsity-0.2", "sparsity-0.3")]
+    before = [file_sum(x / "model.safetensors") for x in folders]
+    monkeypatch.setattr(minutes, "_measured", lambda _: pytest.fail("measured again"))
+    code, said, _ = pruned("out", "--minutes", 9, "--sparsity", "0.2,0.3", "--resume")
+    assert code == 0, said
+    kept = [json.loads((x / RUN / SETTINGS).read_text())["max_steps"] for x in folders]
+    assert kept == [7, 3]
+    assert [file_sum(x / "model.safetensors") for x in folders] == before
+
+
+@pytest.mark.slow
 def test_the_steps_fill_the_time_that_is_left(
     pruned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

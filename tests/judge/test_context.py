@@ -120,11 +120,13 @@ def test_blocks_are_cut_evenly_from_sources_that_are_long_enough() -> None:
     found = cut_blocks(text, span, most=5)
     assert found.tolist() == [[*range(20)], [*range(25, 45)], [*range(20)], [*range(20, 40)]]
     with_bos = cut_blocks([text[1], text[0]], span, [0], most=4)
-    # The first row of each has it; that a source has it is told by its first block.
-    assert with_bos.tolist() == [[*range(20)], [*range(25, 45)]]
+    # Of published texts the first block alone has it; the others get it too.
+    assert with_bos.tolist() == [[*range(20)], [0, *range(25, 44)]]
     put = cut_blocks([text[1] + 1], span, [0], most=4)
     assert put.tolist() == [[0, *range(1, 20)], [0, *range(20, 39)]]
     assert cut_blocks([], span, most=4).shape == (0, 20)
+    many = cut_blocks([torch.arange(20)[None] + i for i in range(7)], span, most=4)
+    assert many[:, 0].tolist() == [0, 1, 2, 3]  # more sources than blocks
 
 
 class Known(nn.Module):

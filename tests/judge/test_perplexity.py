@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nuteprune.judge.perplexity import mean, perplexities, perplexity, protocol
+from nuteprune.judge.perplexity import (
+    bits_per_character,
+    mean,
+    perplexities,
+    perplexity,
+    protocol,
+)
 
 VOCABULARY = 61
 
@@ -142,3 +148,23 @@ def test_the_protocol_names_length_and_count_and_fits_json() -> None:
     assert record["block_length"] == {"b": 8, "a": 8}
     assert record["block_count"] == {"b": 2, "a": 5}
     assert "eos" in record["joining"]
+
+
+@pytest.mark.parametrize("end", [None, 7])
+def test_bits_are_of_all_tokens_that_something_stands_before(
+    model: LlamaForCausalLM, end: int | None
+) -> None:
+    ids = {"abc": [3, 9, 4], "de": [11, 5], "f": [6]}
+
+    class Letters(SimpleNamespace):
+        def __call__(self, text: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=[*ids.get(text, [])])
+
+    tokenizer = Letters(bos_token_id=None, eos_token_id=end)
+    start, nats = [] if end is None else [end], 0.0
+    for text in ids.values():
+        row = torch.tensor([[*start, *text]])
+        logits = model(input_ids=row).logits.detach()[0, :-1].double().log_softmax(-1)
+        nats -= float(logits.gather(1, row[0, 1:, None]).sum())
+    found = bits_per_character(model, tokenizer, list(ids))  # type: ignore[arg-type]
+    assert found == pytest.approx(nats / math.log(2) / 6, rel=1e-4)

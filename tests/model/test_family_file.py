@@ -60,6 +60,7 @@ def changed(tmp_path: Path) -> Callable[[str, str], Path]:
         ("model_type: llama\n", "", "the key model_type is missing"),
         ("model_type: llama", "model_type: [", "is not valid YAML"),
         ("norm: rms\n", "refused: {moods: never}\n", "refused: moods: not one of heads, kv_groups"),
+        ("norm: rms\n", "refused: {yes: never}\n", "refused: True: write this key in quotes"),
         ("norm: rms\n", "post_norms: [a]\n", "must be two names"),
         ("norm: rms\n", "experts: mlp.experts\n", "a file describes no mixtures of experts"),
         ("norm: rms\n", "config_names: {heads: 3}\n", "config_names: heads: 3 must be text"),

@@ -60,7 +60,22 @@ def test_values_are_told_in_the_unit_that_suits_them() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "written",
-    ["-5M", "0", "12 apples", "M", "", "nan", "inf", float("nan"), -1, True, None, "1e999M", "4G"],
+    [
+        "-5M",
+        "0",
+        "12 apples",
+        "M",
+        "",
+        "nan",
+        "inf",
+        float("nan"),
+        -1,
+        True,
+        None,
+        "1e999M",
+        "1e9999999",
+        "4G",
+    ],
 )
 def test_what_is_no_value_is_refused_with_an_example(kind: str, written: Any) -> None:
     with pytest.raises(UserError, match=f"^{kind} is .*such as {KINDS[kind].such}") as error:

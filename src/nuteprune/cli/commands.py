@@ -25,7 +25,7 @@ from nuteprune.train.settings import PruneSettings
 
 _NOT_ASKED = (
     *("out", "data", "eval_data", "text_column", "shares", "trust_remote_code", "vocab"),
-    *("device", "bits", "offload", "resume", "overwrite", "dry_run"),
+    *("device", "bits", "offload", "minutes", "resume", "overwrite", "dry_run"),
 )
 """Settings of `prune` that `plan` does not offer."""
 

@@ -128,6 +128,10 @@ def held_out_blocks(
             check_ids(blocks, vocab_size)
             # Files of one name in different folders are told apart by their specs.
             called = name if source.name in held_out else source.name
+            if called in held_out:
+                raise UserError(
+                    f"two texts are called {called}: name each only once, or rename a file"
+                )
             held_out[called] = blocks.long()
             held_out.fingerprints[called] = source.fingerprint
     return held_out

@@ -82,8 +82,16 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
             bars.update("answers and context", 0, 1)
             text = {name: blocks.tokens_NT for name, blocks in cut.items()}
             pruned, dense = held
-            how: dict[str, Any] = {"tokens": asked.answer_tokens, "blocks": BLOCKS}
-            verdicts.beside = judge_beside(dense, pruned, tokenizer, text, prompts=prompts, **how)
+            verdicts.beside = judge_beside(
+                dense,
+                pruned,
+                tokenizer,
+                text,
+                prompts=prompts,
+                tokens=asked.answer_tokens,
+                blocks=BLOCKS,
+                batch_size=asked.batch_size,
+            )
             bars.update("answers and context", 1, 1)
     if asked.against is not None:
         verdicts.compare(asked.model, asked.against)

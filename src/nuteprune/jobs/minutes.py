@@ -1,13 +1,14 @@
 """`--minutes`: how a run shares its time out over text, scores and steps.
 
 The run times what it is going to do most: writing a token, and teaching a block. Other stages take
-multiples of a block (docs/cost.md). So the plan is settled before the
-first stage, and the record has it as plain settings. How many steps there are is settled when they
-begin: by then most of the time is spent, and what is left is known.
+multiples of a block (docs/cost.md). So the plan is settled before the first stage, and the record
+has it as plain settings. How many steps there are is settled when they begin: by then most of the
+time is spent, and what is left is known.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import time
@@ -25,7 +26,7 @@ from nuteprune.jobs.prune_run import make_run, seconds_writing, share_to_write, 
 from nuteprune.plan.trial import BESIDE, StepTimes, step_times
 from nuteprune.processes import main_ones
 from nuteprune.run import Run
-from nuteprune.run_folder import RUN
+from nuteprune.run_folder import RUN, SETTINGS
 from nuteprune.stages.score import stops_before, with_gradients
 from nuteprune.stages.write import tokens_to_write
 from nuteprune.train.config import NutePruneConfig
@@ -113,6 +114,8 @@ def within_minutes(job: PruneJob, scratch: Path, output: Output) -> PruneJob:
     left = seconds - (time.monotonic() - job.started)
     rates, left = main_ones((rates, left))  # all processes make the main one's plan
     settings, step, judging = shared_out(job, trial, rates, left)
+    del trial  # a model, in cycles
+    gc.collect()
     output.line(
         f"Time    {duration(seconds)}: {settings['calibration_blocks']} blocks for the scores, "
         f"about {settings['max_steps']} steps of {step:.1f} s; {duration(judging)} to judge"
@@ -238,18 +241,28 @@ def _decoder_share(model: Prepared) -> float:
     return decoder / (decoder + head)
 
 
-def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int] | None:
-    """Return a function for the number of steps in the time left; None if the plan is settled."""
+def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int]:
+    """Return a function for the number of steps: those in the time left, or those once begun."""
     end = job.started + _asked(job)
     if is_stated(job):
-        return None
+        return _steps_begun
 
     def steps_in_time(run: Run, trainer: NutePruneTrainer) -> int:
         left = len(run.targets) - run.targets.index(trainer.target)
         taught = step_times(trainer)
-        dense = run.products.costs.get("judge", {}).get("seconds", 0.0)
-        beside = taught.step / trainer.args.sequences_per_step * (BESIDE * left + job.after)
-        time_left = end - time.monotonic() - dense * left - beside
-        return max(FEWEST, taught.within(time_left / left))
+        block = taught.step / trainer.args.sequences_per_step
+        # So far the dense model was judged, and each result before this one, beside it.
+        judged = run.products.costs.get("judge", {}).get("seconds", 0.0)
+        done = len(run.targets) - left
+        dense = max(0.0, judged - BESIDE * block * done) / (1 + done)
+        judging = (dense + BESIDE * block) * left + job.after * block
+        return max(FEWEST, taught.within((end - time.monotonic() - judging) / left))
 
     return steps_in_time
+
+
+def _steps_begun(run: Run, trainer: NutePruneTrainer) -> int:
+    """Return the steps that a target was begun with, each by its own clock; else the plan's."""
+    begun = (trainer.run_folder / SETTINGS).is_file()
+    kept = read_settings(trainer.run_folder) if begun else {}
+    return int(kept.get("max_steps", run.args.max_steps))

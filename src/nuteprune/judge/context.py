@@ -223,12 +223,22 @@ def cut_blocks(text: Sequence[Tensor], span: Span, bos: Sequence[int] = (), *, m
     """
     made = []
     for blocks_NT in text:
-        own = list(bos) if blocks_NT[0, : len(bos)].tolist() != list(bos) else []
-        cut_NT = after(own, blocks_NT.cpu())[:, : span.length]
-        if cut_NT.shape[1] == span.length:
-            made.append(cut_NT)
-    each = most // max(len(made), 1)
-    return torch.cat([x[:each] for x in made]) if made else torch.empty(0, span.length).long()
+        own_NT = _after_bos(blocks_NT.cpu(), bos)[:, : span.length]
+        if own_NT.shape[1] == span.length:
+            made.append(own_NT)
+    if not made:
+        return torch.empty(0, span.length).long()
+    each = max(1, most // len(made))
+    return torch.cat([x[:each] for x in made])[:most]
+
+
+def _after_bos(blocks_NT: Tensor, bos: Sequence[int]) -> Tensor:
+    """Return blocks that all begin with `bos`; of published texts only the first one does."""
+    put_NT = after(bos, blocks_NT)
+    has_it_N = (put_NT[:, : len(bos)] == blocks_NT[:, : len(bos)]).all(1)
+    if not has_it_N.any():
+        return put_NT
+    return torch.where(has_it_N[:, None], blocks_NT, put_NT[:, : blocks_NT.shape[1]])
 
 
 def windows(blocks_NT: Tensor, near: int, bos: Sequence[int] = ()) -> Tensor:

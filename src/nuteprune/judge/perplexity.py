@@ -154,13 +154,14 @@ def bits_per_character(
         model: a causal LM; it computes where its parameters are, in evaluation mode.
         tokenizer: its tokenizer.
         texts: each is read by itself, after what the tokenizer begins texts with, or after
-            end-of-text; at least one is not empty.
+            end-of-text, or from its second token on; at least one is not empty.
     """
     start, nats = bos_of(tokenizer) or end_of(tokenizer), 0.0
     with evaluating(model):
         for text in texts:
             ids = tokenizer(text, add_special_tokens=False).input_ids
             ids_1T = torch.tensor([[*start, *ids]], device=model.device)
-            logits_TV = last_logits(model, ids_1T, len(ids) + 1)[0, :-1].float()
-            nats += float(F.cross_entropy(logits_TV, ids_1T[0, len(start) :], reduction="sum"))
+            targets_T = ids_1T[0, max(1, len(start)) :]  # nothing says what the first token is
+            logits_TV = last_logits(model, ids_1T, len(targets_T) + 1)[0, :-1].float()
+            nats += float(F.cross_entropy(logits_TV, targets_T, reduction="sum"))
     return nats / math.log(2) / sum(map(len, texts))

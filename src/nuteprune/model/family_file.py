@@ -76,6 +76,8 @@ class FamilyFile:
             if not isinstance(value, dict):
                 raise self.wrong(key, f"{value!r} must be a mapping")
             for name, item in value.items():
+                if not isinstance(name, str):
+                    raise self.wrong((*key, str(name)), "write this key in quotes")
                 if "object" not in words and not isinstance(item, str):
                     raise self.wrong((*key, str(name)), f"{item!r} must be text")
             return value

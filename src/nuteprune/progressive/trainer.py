@@ -57,11 +57,12 @@ class ProgressiveTrainer(NutePruneTrainer):
         prepared.model.add_module("nuteprune_gates", self.gates)
         leave_out(prepared.model)
         self._teacher_index, self._has_scores = -1, False
-        folder = Path(cast(str, args.output_dir)) / TEACHERS
+        folder = Path(cast(str, args.output_dir)) / TEACHERS  # `begin` has the target's own
         self.teachers = Teachers(folder, prepared.layout, keep=args.device.type != "cpu")
 
     def begin(self, resumes: bool = False) -> None:
         """Start the gates from scores, where they follow any."""
+        self.teachers.folder = self.run_folder / TEACHERS
         if self._has_scores or resumes or not self.gates.ranked:
             return
         scores = self.first_stages(resumes).score()

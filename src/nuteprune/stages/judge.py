@@ -81,6 +81,7 @@ def judge_beside(
     prompts: Prompts | None = None,
     tokens: int = TOKENS,
     blocks: int = BLOCKS,
+    batch_size: int = 4,
     team: Team = ALONE,
 ) -> dict[str, Any]:
     """Judge a pruned model's answers and its use of context beside the dense model's.
@@ -93,6 +94,7 @@ def judge_beside(
         prompts: those to answer; None: those of `make_prompts`.
         tokens: most tokens per answer.
         blocks: most blocks of text for each span of context.
+        batch_size: blocks of text per forward pass.
         team: processes that hold both models, and share prompts and blocks out.
 
     Returns:
@@ -116,5 +118,7 @@ def judge_beside(
     for span in SPANS:
         blocks_NT = cut_blocks(list(text.values()), span, bos, most=blocks)
         if len(blocks_NT):
-            spans[str(span.length)] = judge_context(dense, pruned, blocks_NT, span, bos, team=team)
+            spans[str(span.length)] = judge_context(
+                dense, pruned, blocks_NT, span, bos, batch_size, team
+            )
     return found | ({"context": spans} if spans else {})

@@ -193,7 +193,7 @@ def value_of(kind: str, given: Any, name: str = "") -> float:
     how = KINDS[kind]
     if isinstance(given, int | float) and not isinstance(given, bool):
         given = format(Decimal(str(given)), "f") if math.isfinite(given) else str(given)
-    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d{1,3})?)\s*([A-Za-z]*)\s*", str(given))
     sizes = {unit.lower(): size for unit, size in how.units.items()}
     if match is not None and match[2].lower() in sizes and len(match[1]) <= 30:
         exact = Decimal(match[1]) * sizes[match[2].lower()]

@@ -31,7 +31,7 @@ from nuteprune.files import (
 )
 from nuteprune.model.forwards import special_tokens_kept
 from nuteprune.processes import several
-from nuteprune.run_folder import METRICS, SELF_WRITTEN, SETTINGS
+from nuteprune.run_folder import METRICS, SETTINGS
 from nuteprune.train.config import RunArguments
 from nuteprune.train.declared import check_same, run_settings
 from nuteprune.train.state import (
@@ -259,11 +259,8 @@ class AtomicTrainer(Trainer):
 
     def _how_to_go_on(self) -> str:
         last = last_checkpoint(self.run_folder)
-        if last is None and (self.run_folder / SELF_WRITTEN).is_file():
-            return "make room, then begin anew with the same command and --resume, which keeps text"
-        if last is None:
-            return "make room, then start anew with --overwrite: no checkpoint was written yet"
-        return f"make room, then go on from {last.name} with the same command and --resume"
+        begin = "begin anew" if last is None else f"go on from {last.name}"
+        return f"make room, then {begin} with the same command and --resume"
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:  # Trainer asks all processes
