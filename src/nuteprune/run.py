@@ -58,7 +58,7 @@ class Run:
         resumes: whether the run goes on with what is in its folder.
         around: the other parts of a model of several modalities; None: there are none.
         about: further keys of each record.
-        steps_in_time: how many steps there is time for; None: as many as the settings say.
+        steps_in_time: how many steps a target has; None: as many as the settings say.
     """
 
     model: Prepared

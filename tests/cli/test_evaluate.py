@@ -13,8 +13,10 @@ from nuteprune.data.training_text import training_blocks
 from nuteprune.export.loading import load_pruned
 from nuteprune.jobs import evaluate
 from nuteprune.jobs.options import Evaluation
+from nuteprune.judge import context
 from nuteprune.judge.context import Copying
 from nuteprune.judge.tasks import Score
+from nuteprune.stages import judge as judging
 from tests.conftest import Run, json_line
 
 pytestmark = pytest.mark.slow
@@ -175,6 +177,26 @@ def test_both_models_answer_the_prompts_of_a_file(model: Path, tmp_path: Path, r
     assert {x["prompt"] for x in found["samples"]} == {"the student", "a teacher"}
     assert "context" not in found  # blocks of 24 are too short
     assert "looping, %" in stderr
+
+
+def test_context_is_measured_in_batches_of_the_size_asked_for(
+    model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join(f"Teacher {i} is less pruned. " * 9 for i in range(80)))
+    likelihoods, sizes = context.likelihoods, []
+
+    def noted(of: Any, blocks: Any, count: int, batch_size: int, *more: Any) -> Any:
+        sizes.append(batch_size)
+        return likelihoods(of, blocks, count, batch_size, *more)
+
+    monkeypatch.setattr(context, "likelihoods", noted)
+    monkeypatch.setattr(context, "SCORED", 16)
+    monkeypatch.setattr(judging, "SPANS", (context.Span(8, 4),))
+    given = ["--against", model, "--data", text, "--length", 24, "--answer-tokens", 2]
+    code, _, stderr = run("eval", model, *given, "--batch-size", 3, *ASKED)
+    assert code == 0, stderr
+    assert sizes[:2] == [3, 3]
 
 
 def test_each_model_is_asked_with_its_own_tokenizer(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +52,34 @@ def test_prompt_and_decoding_with_an_explicit_cache_are_the_model(
     assert exporter.inputs[3:] == [
         f"past_key_values.{i}.{part}" for i in (0, 2) for part in ("key", "value")
     ]
+
+
+def test_logits_that_are_not_numbers_are_an_error(
+    case: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = Exporter(case("llama").pruned)
+
+    class Session:
+        broken = 0
+
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(name=x) for x in exporter.inputs]
+
+        def run(self, _: None, feed: dict[str, Any]) -> list[Any]:
+            given = {k: torch.from_numpy(x) for k, x in feed.items()}
+            ids, mask, positions, *cache = (given[x] for x in exporter.inputs)
+            pairs = list(zip(cache[::2], cache[1::2], strict=True))
+            logits, cache = exporter(ids, mask, positions, pairs)
+            if ids.shape[1] == self.broken:
+                logits = logits * float("nan")
+            return [x.detach().numpy() for x in (logits, *(x for pair in cache for x in pair))]
+
+    session = Session()
+    runtime = SimpleNamespace(InferenceSession=lambda *_, **__: session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    assert exporter.error(tmp_path / "m.onnx") < 1e-5
+    session.broken = 1  # the second call, a token
+    assert math.isnan(exporter.error(tmp_path / "m.onnx"))
 
 
 # --- files -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +144,25 @@ def test_the_steps_fill_the_time_that_is_left(
     spent = sum(x["seconds"] for name, x in record["stages"].items() if name != "teach")
     steps = record["config"]["max_steps"]
     assert 100 - 2 * spent - 40 < 4 * steps <= 100  # the rest of the time is spent on loading
+
+
+def test_later_targets_are_not_charged_twice_for_judging(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The dense model took 10 s, each result 10 s and what is judged beside it."""
+    monkeypatch.setattr(minutes, "step_times", lambda *_, **__: StepTimes(4.0))
+    monkeypatch.setattr(minutes.time, "monotonic", lambda: 0.0)
+    costs = {"judge": {"seconds": 10.0}}
+    run = SimpleNamespace(targets=["small", "smaller"], products=SimpleNamespace(costs=costs))
+    args = SimpleNamespace(sequences_per_step=4)
+    first, second = (SimpleNamespace(target=x, args=args) for x in run.targets)
+    job: Any = SimpleNamespace(minutes=10, settings={}, started=0.0, resume=False, after=0)
+    monkeypatch.setattr(minutes, "is_stated", lambda _: False)
+    beside = minutes.BESIDE * 1.0
+    before: Any = minutes.steps_in_time_of(job)
+    assert before(run, first) == int((600 - 2 * (10 + beside)) / 2 / 4)
+    costs["judge"]["seconds"] += 10 + beside
+    assert before(run, second) == int((600 - (10 + beside)) / 4)
 
 
 def test_own_answers_are_written_as_a_whole() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.data.fingerprint import LONG, Fingerprint
 from nuteprune.data.readers import boundary, split_long
-from nuteprune.data.specs import DEMO, iter_documents
+from nuteprune.data.specs import DEMO, check_distinct, iter_documents
 from nuteprune.data.tokens import after, bos_of, check_ids, collect, tokens_of, too_short
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
@@ -128,10 +128,7 @@ def held_out_blocks(
             check_ids(blocks, vocab_size)
             # Files of one name in different folders are told apart by their specs.
             called = name if source.name in held_out else source.name
-            if called in held_out:
-                raise UserError(
-                    f"two texts are called {called}: name each only once, or rename a file"
-                )
+            check_distinct(called, held_out)
             held_out[called] = blocks.long()
             held_out.fingerprints[called] = source.fingerprint
     return held_out

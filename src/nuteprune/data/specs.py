@@ -80,6 +80,16 @@ def iter_documents(
     return {spec: Documents(spec, lambda: documents(readers.hub_rows(*parts)), known)}
 
 
+def check_distinct(name: str, taken: Iterable[str]) -> None:
+    """Refuse a text whose name another one has.
+
+    Raises:
+        UserError: if it is taken.
+    """
+    if name in taken:
+        raise UserError(f"two texts are called {name}: name each only once, or rename a file")
+
+
 def refuse_self(spec: str) -> None:
     """Refuse the model's own text where other text is wanted, such as to judge by.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.console import Bars, Output, dtype_name
 from nuteprune.data.fingerprint import Fingerprint, kind_of, learned_from
 from nuteprune.data.prompts import read_prompts
-from nuteprune.data.specs import DEMO
+from nuteprune.data.specs import DEMO, check_distinct
 from nuteprune.data.tokens import check_ids, check_positions
 from nuteprune.errors import RunFailed, UserError
 from nuteprune.files import at_home
@@ -136,7 +136,7 @@ def _blocks(
     protocol, whole = asked.protocol, asked.whole
     named = published.protocol_named(protocol) if protocol else None
     specs = asked.data or (list(named.texts) if named else [DEMO])
-    cut = {}
+    cut: dict[str, published_blocks.Blocks] = {}
     for spec in specs:
         is_published = spec.partition("=")[0] in published.TEXTS
         name = protocol or ("nuteprune" if is_published else published.HELD_OUT)
@@ -145,10 +145,7 @@ def _blocks(
             spec, whole=whole, text_column=asked.text_column, tokenizer=tokenizer
         )
         for source, rows in found.items():
-            if source in cut:
-                raise UserError(
-                    f"two texts are called {source}: name each only once, or rename a file"
-                )
+            check_distinct(source, cut)
             made = published_blocks.make_blocks(source, rows.read(), tokenizer, how)
             kind = kind_of(rows.fingerprint, learned) if learned else None
             part = "all" if whole or is_published else "held-out"

@@ -262,7 +262,7 @@ def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int]:
 
 
 def _steps_begun(run: Run, trainer: NutePruneTrainer) -> int:
-    """Return the steps that a target was begun with, each by its own clock; else the plan's."""
+    """Return the steps that a target was begun with; else the last one's, or the plan's."""
     begun = (trainer.run_folder / SETTINGS).is_file()
     kept = read_settings(trainer.run_folder) if begun else {}
     return int(kept.get("max_steps", run.args.max_steps))
