@@ -216,6 +216,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_and_room_mends_it(
     assert ended.code == 1, ended.said
     assert "Traceback" not in ended.said
     assert ended.last_line.startswith("nuteprune: ")
+    assert "--overwrite" not in ended.last_line
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     ended = server.run([*args, out, "--resume"])
