@@ -142,6 +142,9 @@ def test_a_table_is_measured_once_and_can_be_taken_elsewhere(
     assert found == {"out": str(file), **written}
     assert {row["neurons"] for row in written["mlp"]} >= {1, 48}
     assert run(*words, *asked, "--costs", file)[0] == 0
+    longer = ["--speedup", "1.01@1x9+4", "--dry-run"]
+    code, _, stderr = run(*words, *longer, "--costs", file)
+    assert (code, "measured with length 8, and --speedup at 1x9+4 has 9" in stderr) == (2, True)
 
 
 def test_two_runs_at_once_share_one_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import platform
 from collections.abc import Mapping
@@ -54,17 +55,19 @@ def costs_for(
         bars: where progress is shown.
 
     Raises:
-        UserError: if several processes would each measure a table of their own, or the model has
-            too few positions for the tokens to time.
+        UserError: if a table that is passed was measured at other work, if several processes would
+            each measure a table of their own, or the model has too few positions for the tokens to
+            time.
     """
     at = config.asked[0].about["at"]
     setting = Workload(*moment(at))
     longest = setting.length + setting.new_tokens
     check_positions(longest, model.config, f"the length of --speedup at {at}")
-    if isinstance(config.costs, dict):
-        return config.costs
     if config.costs is not None:
-        return read_table(config.costs)
+        given = config.costs
+        table = given if isinstance(given, dict) else read_table(given)
+        _check_work(table, setting, at)
+        return table
     if several_started():
         raise UserError(
             "a speedup in a run of several processes needs one table for all: measure it with "
@@ -88,6 +91,16 @@ def costs_for(
                 write_table(path, model, setting, how)
                 bars.update("timing blocks", 1, 1)
     return read_table(str(path))
+
+
+def _check_work(table: Mapping[str, Any], setting: Workload, at: str) -> None:
+    """Refuse a table of other work than the speed is judged by."""
+    for name, value in dataclasses.asdict(setting).items():
+        if (measured := table.get(name, value)) != value:
+            raise UserError(
+                f"--costs was measured with {name.replace('_', ' ')} {measured}, and --speedup at "
+                f"{at} has {value}: measure a table of that, or name the table's work after @"
+            )
 
 
 def measure_beside(

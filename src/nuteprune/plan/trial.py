@@ -72,7 +72,7 @@ def step_times(trainer: NutePruneTrainer, passes: int = 2) -> StepTimes:
     answering = 0.0
     if trainer.reads_own_answers:
         with trainer.answering() as student:
-            answering = seconds_to_answer(student)
+            answering = seconds_to_answer(student, inputs["input_ids"].shape[1])
     trainer.masks = before
     return StepTimes(seconds, answering)
 

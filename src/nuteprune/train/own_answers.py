@@ -184,6 +184,11 @@ def prompts_in(
     return found if len(found) >= ANSWERS else beginnings
 
 
-def seconds_to_answer(student: PreTrainedModel) -> float:
-    """Return the seconds of a set of answers, timed on the first positions."""
-    return TOKENS * seconds_per_token(student, ANSWERS)
+def seconds_to_answer(student: PreTrainedModel, length: int) -> float:
+    """Return the seconds of a set of answers, timed on the first positions.
+
+    Args:
+        student: answers.
+        length: tokens per block.
+    """
+    return min(TOKENS, length) * seconds_per_token(student, ANSWERS)

@@ -101,7 +101,8 @@ class PruneSettings:
     )
     unlikelihood: float = setting(
         "Weight by which what repeats in the student's own answers is made less likely, in the "
-        "last seventh of the steps. At 0, or without a chat template, the student reads none.",
+        "last seventh of the steps. At 0, without a chat template, with teacher: none, or with "
+        "progressive: true the student reads none.",
         0.3,
         bounds=(0, 1e3),
     )
