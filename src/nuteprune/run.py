@@ -117,7 +117,10 @@ class Run:
 
     def judge_dense(self) -> Figures | None:
         """Judge the dense model; None if the run's weights are in too few bits to be judged."""
-        return None if self.model.is_packed else self._judge_dense(self.model.anatomy.model)
+        if self.model.is_packed:
+            return None
+        with self.model.model.disable_adapter():
+            return self._judge_dense(self.model.anatomy.model)
 
     def _judge_dense(self, model: PreTrainedModel) -> Figures:
         make = partial(judge, model, name="the dense model", **self._judged_by)

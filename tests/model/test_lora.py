@@ -11,7 +11,7 @@ import torch
 from nuteprune.errors import UserError
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.lora import LoraBank
-from nuteprune.model.trainable import add_lora
+from nuteprune.model.trainable import add_lora, sides_of
 from nuteprune.shrink.finalize import merge_layer
 
 MAPS = Path("/proc/self/maps")
@@ -50,6 +50,27 @@ def test_a_weight_in_place_is_the_student_s_alone(tiny_model) -> None:
     torch.testing.assert_close(logits(model), logits(by_hand))
     bank.clear()
     assert torch.equal(logits(model), before)
+
+
+def test_lora_is_left_out_where_it_adds_nothing(tiny_model) -> None:
+    model = wrapped(tiny_model("llama"))
+    anatomy = Anatomy(model)
+    bank, down = LoraBank(anatomy), anatomy.family.mlp[-1]
+    trained = anatomy.projection(1, down)
+    torch.nn.init.normal_(sides_of(trained)[1])
+    before, asked = logits(model), []
+    for place in bank._places.values():
+        side = place.lora.lora_A["default"]
+        side.register_forward_hook(lambda *_, lora=place.lora: asked.append(lora))
+    with bank.silent_left_out():
+        assert torch.equal(logits(model), before)
+        assert asked == [trained]
+        new = changed(bank, anatomy)  # it adds nothing any more
+        by_hand = tiny_model("llama")
+        by_hand.model.layers[1].mlp.down_proj.weight.data.copy_(new)
+        torch.testing.assert_close(logits(model), logits(by_hand))
+    logits(model)
+    assert set(asked) == {place.lora for place in bank._places.values()}
 
 
 @pytest.mark.skipif(not MAPS.is_file(), reason="asks Linux what is mapped")

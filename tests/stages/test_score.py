@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from nuteprune.export.checkpoint import assemble
 from nuteprune.gates import surgeon_costs
 from nuteprune.gates.importance import METHODS
 from nuteprune.shrink.least_squares import fit_projections
 from nuteprune.stages.choose import choose
+from nuteprune.stages.refit import refit
 from nuteprune.stages.score import score, stops_before, with_gradients
 from nuteprune.train.prepare import prepare
 from tests.refits import install_weight
@@ -95,6 +97,18 @@ def test_scores_know_what_is_to_go(target: float, tiny_model: Any, tmp_path: Pat
     assert (cut_by is None) == (not target)
     if target:
         assert any(bool((x == 0).any()) for x in cut_by(found).values())
+
+
+def test_lora_that_adds_nothing_is_not_computed(tiny_model: Any, tmp_path: Path) -> None:
+    prepared, computed = prepare(tiny_model("llama"), settings(tmp_path)), []
+    for module in prepared.anatomy.model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A["default"].register_forward_hook(lambda *_: computed.append(1))
+    scores = score(prepared, TEXT[:4], target=0.5, refit_blocks=TEXT[:8])
+    refit(prepared, choose(prepared, scores, 0.5), TEXT[:8])
+    assert not computed
+    prepared.anatomy.model(TEXT[:1])
+    assert computed
 
 
 @pytest.mark.parametrize("method", ["surgeon", "fisher"])

@@ -134,29 +134,32 @@ def removals(weight_OI: Tensor, inverse_II: Tensor, count: int) -> Iterator[tupl
     """
     width, step = len(inverse_II) // count, -(-count // ROUNDS)
     left_U = torch.arange(count, device=inverse_II.device)
+    weight_IO = weight_OI.T.contiguous()  # an input's weights in a row, quick to take out
     for _ in range(-(-count // step)):
-        parts_UOW = weight_OI.view(len(weight_OI), -1, width).transpose(0, 1)
-        costs_U = _rise(parts_UOW, _diagonal_blocks(inverse_II, width))
+        parts_UWO = weight_IO.view(-1, width, weight_IO.shape[1])
+        costs_U = _rise(parts_UWO, _diagonal_blocks(inverse_II, width))
         order_U = costs_U.argsort(stable=True)
         gone, stay = order_U[:step], order_U[step:].sort()[0]
         r_R, k_K = _inputs_of(gone, width), _inputs_of(stay, width)
-        inner_RR = inverse_II[r_R[:, None], r_R]
-        together = _rise(weight_OI[:, r_R], inner_RR)
+        gone_RO, rows_RI = weight_IO[r_R], inverse_II[r_R]
+        inner_RR, outer_RK = rows_RI.index_select(1, r_R), rows_RI.index_select(1, k_K)
+        together = _rise(gone_RO, inner_RR)
         alone_U = costs_U[gone]
         yield left_U[gone], alone_U * (together / alone_U.sum().clamp(min=LEAST))
-        outer_RK = inverse_II[r_R[:, None], k_K]
         # How each input that stays makes up for those that go.
         moved_RK = _inverse(inner_RR.double()).to(outer_RK) @ outer_RK
-        weight_OI = weight_OI[:, k_K] - weight_OI[:, r_R] @ moved_RK
-        inverse_II = inverse_II[k_K[:, None], k_K].sub_(outer_RK.T @ moved_RK)
+        weight_IO = weight_IO[k_K].addmm_(moved_RK.T, gone_RO, alpha=-1)
+        # One index after the other is far quicker than both at once.
+        inverse_II = inverse_II.index_select(0, k_K).index_select(1, k_K)
+        inverse_II.addmm_(outer_RK.T, moved_RK, alpha=-1)
         left_U = left_U[stay]
 
 
-def _rise(weight_OW: Tensor, inverse_WW: Tensor) -> Tensor:
-    """Return tr(V_u^T V_u ([C^-1]_uu)^-1) of units (..., O, W), given [C^-1]_uu (..., W, W)."""
-    moments_WW = weight_OW.transpose(-1, -2) @ weight_OW
+def _rise(weight_WO: Tensor, inverse_WW: Tensor) -> Tensor:
+    """Return tr(V_u^T V_u ([C^-1]_uu)^-1) of units (..., W, O), given [C^-1]_uu (..., W, W)."""
+    moments_WW = weight_WO @ weight_WO.transpose(-1, -2)
     rise: Tensor = (moments_WW * _inverse(inverse_WW.double())).sum((-1, -2))
-    return rise.to(weight_OW)
+    return rise.to(weight_WO)
 
 
 def _diagonal_blocks(matrix_II: Tensor, width: int) -> Tensor:

@@ -214,9 +214,9 @@ class LoraBank:
     def using(self, layer: int, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Run a decoder layer with other weights of `state`, or with none, for a while."""
         places, state = self._layers[layer], lora or {}
+        values: list[Value]
         if lora is None:
-            adapters = [x.lora for x in places if x.lora is not None]
-            values: list[Value] = [(vars(x), "_disable_adapters", True) for x in adapters]
+            values = [_left_out(x.lora) for x in places if x.lora is not None]
         else:
             values = [(x._parameters, "weight", lora[key]) for x, key in _sides(places)]
         others = {
@@ -230,6 +230,16 @@ class LoraBank:
                 values.append((place.holder._parameters, place.key, whole))
             with replaced(values):
                 yield
+
+    @contextmanager
+    def silent_left_out(self) -> Iterator[None]:
+        """Within this context, do not compute LoRA where it adds nothing now, as before any step.
+
+        What the model gives stays the same. Whole weights alone may be replaced meanwhile.
+        """
+        silent = [x.lora for x in self._places.values() if x.lora is not None and x.is_silent]
+        with replaced(map(_left_out, silent)):
+            yield
 
     def as_dense(self, layer: int) -> AbstractContextManager[None]:
         """Run a decoder layer as it is in the base model for a while."""
@@ -250,6 +260,10 @@ def effective_weight(module: Any) -> Tensor:
     """Return a projection's weight (O, I) in fp32, with what LoRA adds where there is some."""
     weight_OI = weight_of(without_lora(module)).float()
     return weight_OI + delta_of(module).float() if isinstance(module, LoraLayer) else weight_OI
+
+
+def _left_out(lora: LoraLayer) -> Value:
+    return vars(lora), "_disable_adapters", True
 
 
 def _sides(places: Iterable[Place]) -> Iterator[tuple[Any, str]]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from nuteprune.model.anatomy import Anatomy
 from nuteprune.model.family import Projection
 from nuteprune.model.weights import is_sharded
+from nuteprune.simulated import usual
 
 ADAPTER = "default"
 
@@ -122,6 +123,11 @@ class Place(NamedTuple):
         """Let LoRA add nothing here yet."""
         if self.lora is not None:
             sides_of(self.lora)[1].zero_()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether LoRA is here and adds nothing."""
+        return self.lora is not None and usual(~sides_of(self.lora)[1].any())
 
     def own(self) -> Tensor:
         """Return the weight, for `put_back`; of a sharded one a copy of this process's rows."""

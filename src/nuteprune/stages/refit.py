@@ -5,6 +5,8 @@ Shape suffixes: N blocks, T tokens of a block, O rows, I columns of a weight.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,6 @@ def refit(
     tick = counted(progress, "refit", len(anatomy.layers))
     batches = blocks.split(BATCH)
     where = anatomy, model.hooks, masks
-    with bank.kept():
+    with bank.kept(), bank.silent_left_out() if whole else nullcontext():
         fit_projections(*where, batches, install, tick, bank.as_dense, stacks, model.team)
         return bank.weights() if whole else {k: v.clone() for k, v in bank.state().items()}

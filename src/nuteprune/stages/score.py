@@ -117,7 +117,8 @@ def _score_once(
     trained = [p for p in anatomy.model.parameters() if p.requires_grad]
     anatomy.model.requires_grad_(False)  # gradients of activations alone are taken
     try:
-        scores = chosen.score(probe)
+        with model.bank.silent_left_out():
+            scores = chosen.score(probe)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
