@@ -96,7 +96,8 @@ def serve(row: Callable[[Cell], Row], cell: Cell) -> None:
     import transformers
 
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports
+    for name in ("bitsandbytes", "kernels"):  # which PEFT imports
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print

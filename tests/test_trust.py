@@ -311,5 +311,8 @@ def test_what_comes_while_a_model_is_loaded_is_looked_at_too(
         return load(*args, **named)
 
     monkeypatch.setattr(loading, "_load", bring)
-    with pytest.raises(UserError, match="is no file of the model's folder"):
+    # transformers itself looks from 5.25 on
+    with pytest.raises(
+        UserError, match=r"no file of the model's folder|outside the model directory"
+    ):
         load_pruned(sharded)

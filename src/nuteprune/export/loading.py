@@ -267,7 +267,11 @@ def _load(
     with one_line(source or "the pruned model"), without_notes():
         try:
             model, info = model_class.from_pretrained(
-                source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                source,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_kernels=False,  # the hub's would take the place of layers that have hooks
+                **kwargs,
             )
         except RuntimeError as error:  # which points to a report that is not shown here
             from nuteprune.export.checkpoint import first_misfit

@@ -2,5 +2,8 @@
 
 import logging
 
-# Where it is installed, PEFT imports it, and it tells of kernels that some CPUs could have.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Where it is installed, PEFT imports bitsandbytes, which tells of kernels that some CPUs could
+# have; and the library that would bring them tells that it is offline.
+for name in ("bitsandbytes", "kernels"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+del name
