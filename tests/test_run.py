@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft.tuners.lora import LoraLayer
 
 import nuteprune
+from nuteprune import run
 from nuteprune.products import Products
 from nuteprune.run import Run
 from nuteprune.run_folder import RECORD
@@ -98,6 +100,24 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Products, "measured", watched)
     return stages
+
+
+def test_the_dense_model_is_judged_without_adapters(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[list[bool]] = []
+    original = run.judge
+
+    def judge(model: Any, *args: Any, **more: Any) -> Any:
+        judged.append([x.disable_adapters for x in model.modules() if isinstance(x, LoraLayer)])
+        return original(model, *args, **more)
+
+    monkeypatch.setattr(run, "judge", judge)
+    prune(inputs, tmp_path / "out", steps=0, quiet=True)
+    dense, small = judged
+    assert dense
+    assert all(dense)
+    assert not small  # adapters are merged
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -162,3 +162,9 @@ def test_a_model_without_a_chat_template_reads_none(
     for tokenizer, asked in ((tiny_tokenizer, False), (tiny_chat_tokenizer, True), (None, False)):
         given = {"processing_class": tokenizer}
         assert make(tiny_model("llama"), tmp_path, given=given).reads_own_answers == asked
+
+
+def test_answers_are_no_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_answers, "seconds_per_token", lambda *_: 0.5)
+    found = [own_answers.seconds_to_answer(None, length) for length in (16, 1024)]
+    assert found == [8, own_answers.TOKENS / 2]

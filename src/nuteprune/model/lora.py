@@ -233,9 +233,9 @@ class LoraBank:
 
     @contextmanager
     def silent_left_out(self) -> Iterator[None]:
-        """Within this context, do not compute LoRA where it adds nothing now, as before any step.
+        """Within this context, do not compute LoRA where it adds nothing at its beginning.
 
-        What the model gives stays the same. Whole weights alone may be replaced meanwhile.
+        Inside, `set_weight` may be called, but not `set_delta`, whose LoRA would be left out too.
         """
         silent = [x.lora for x in self._places.values() if x.lora is not None and x.is_silent]
         with replaced(map(_left_out, silent)):
