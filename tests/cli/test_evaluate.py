@@ -258,6 +258,7 @@ BAD = {
     "text too short": (["--data", "TEXT", "--length", "99999"], "a block takes 99999"),
     "batch size 0": (["--batch-size", "0"], "from 1 to"),
     "prompts for one model": (["--prompts", "a.jsonl"], "--against"),
+    "answers of one model": (["--answer-tokens", "9"], "--against"),
     "no answers": (["--answer-tokens", "0"], "--answer-tokens 0: pass a number from 1"),
     "copying seed too large": (["--copying-seed", str(2**64)], "from 0 to 2147483647"),
     "fewer than no examples": (

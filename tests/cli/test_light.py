@@ -118,6 +118,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["write", "m", "--out", "own.jsonl"], "Missing option '--tokens'"),
     (["plan", "m", "--sparsity", "2"], "it must lie between 0 and 1"),
     (["export", "m", "--to", "tar", "--out", "x"], "--to tar is not a known format"),
+    (
+        ["export", "m", "--to", "onnx", "--out", "x", "--trust-remote-code"],
+        "--trust-remote-code is for the tokenizer that --to gguf writes",
+    ),
 ]
 
 

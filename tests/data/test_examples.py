@@ -152,6 +152,15 @@ def test_a_bos_is_put_first_where_the_tokenizer_does(tmp_path: Path, tiny_tokeni
     assert example["labels"][0] == IGNORED
 
 
+def test_a_bos_ends_an_answer_where_there_is_no_eos(tmp_path: Path, tiny_tokenizer) -> None:
+    backend = tiny_tokenizer.backend_tokenizer
+    alone = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", pad_token="<pad>")
+    rows = [{"instruction": "Add", "input": "1 2", "output": "3"}, *filler()]
+    example = first(write(tmp_path, rows), alone)
+    assert example["input_ids"][-1] == alone.bos_token_id
+    assert learned(alone, example) == ["3<s>"]
+
+
 def test_rows_that_are_all_held_out_are_said_to_be(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

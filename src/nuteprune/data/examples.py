@@ -21,7 +21,7 @@ from nuteprune.data.fingerprint import Fingerprint
 from nuteprune.data.held_out import split
 from nuteprune.data.readers import shuffled, split_long
 from nuteprune.data.specs import embedded, hub_parts, local_files
-from nuteprune.data.tokens import bos_of, check_ids, ids_of
+from nuteprune.data.tokens import bos_of, check_ids, end_of, ids_of
 from nuteprune.distill.losses import IGNORED
 from nuteprune.errors import UserError
 from nuteprune.run_folder import SELF
@@ -234,7 +234,7 @@ def stretches(found: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> 
     instruction, more, answer = (cell_text(row, name, where, tokenizer) for name in layout)
     if template == "alpaca":
         asked = (_ALPACA_INPUT if more else _ALPACA).format(instruction, more)
-        ends = tokenizer.eos_token or ""
+        ends = "".join(tokenizer.convert_ids_to_tokens(end_of(tokenizer)))
         begins = str(tokenizer.bos_token) if bos_of(tokenizer) else ""
         return [Stretch(begins + asked, False), Stretch(answer + ends, bool(answer))]
     asked = "\n\n".join(filter(None, (instruction, more)))

@@ -21,6 +21,7 @@ from nuteprune.jobs import sources
 from nuteprune.jobs.options import Evaluation
 from nuteprune.jobs.verdicts import Verdicts
 from nuteprune.judge import published, published_blocks
+from nuteprune.judge.answers import TOKENS
 from nuteprune.judge.context import SEED, copying
 from nuteprune.judge.perplexity import perplexity
 from nuteprune.judge.tasks import Tasks
@@ -88,7 +89,7 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
                 tokenizer,
                 text,
                 prompts=prompts,
-                tokens=asked.answer_tokens,
+                tokens=asked.answer_tokens or TOKENS,
                 blocks=BLOCKS,
                 batch_size=asked.batch_size,
             )
@@ -103,10 +104,14 @@ def run(asked: Evaluation, output: Output) -> dict[str, Any]:
 def _check(asked: Evaluation) -> None:
     smallest = {"batch_size": 1, "answer_tokens": 1, "copying_seed": 0, "fewshot": 0}
     for name, least in smallest.items():
-        if not least <= (value := getattr(asked, name) or 0) < 2**31:
+        value = getattr(asked, name)
+        if value is not None and not least <= value < 2**31:
             raise UserError(f"{_option(name)} {value}: pass a number from {least} to {2**31 - 1}")
-    if asked.prompts is not None and asked.against is None:
-        raise UserError("--prompts is for answers beside the dense model's; name that as --against")
+    for name in ("prompts", "answer_tokens"):
+        if getattr(asked, name) is not None and asked.against is None:
+            raise UserError(
+                f"{_option(name)} is for answers beside the dense model's; name that as --against"
+            )
     for name in ("include_path", "limit", "fewshot"):
         if getattr(asked, name) is not None and asked.tasks is None:
             raise UserError(f"{_option(name)} is for tasks; name some with --tasks")

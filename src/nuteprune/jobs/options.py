@@ -46,7 +46,7 @@ class Evaluation:
         "Prompts that both models answer, JSON lines with 'prompt' or 'messages'; without "
         "it questions that the dense model writes, or beginnings of the text."
     )
-    answer_tokens: int = option("Tokens of an answer at most (default {default}).", 64)
+    answer_tokens: int | None = option("Tokens of an answer at most (default 64).")
     batch_size: int = option("Blocks or questions per forward pass (default {default}).", 4)
     device: str = option(_HELP["device"], "auto")
     dtype: str = option(_HELP["dtype"], "auto")
@@ -121,8 +121,13 @@ class Exporting:
             raise UserError(
                 f"--type {self.type} is unknown to --to {self.to}; pass one of {', '.join(known)}"
             )
-        if self.pre_tokenizer is not None and self.to != "gguf":
-            raise UserError(f"--pre-tokenizer is for --to gguf; leave it out with --to {self.to}")
+        for name in ("pre_tokenizer", "trust_remote_code"):
+            if getattr(self, name) and self.to != "gguf":
+                option_name = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{option_name} is for the tokenizer that --to gguf writes; leave it out with "
+                    f"--to {self.to}"
+                )
 
     @property
     def stored_as(self) -> str:
