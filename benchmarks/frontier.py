@@ -57,13 +57,16 @@ def do_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Do what `run_row` asks for."""
     if row["cpu"]:  # before anything reads the clock; waiting takes no time then
         time.monotonic = time.process_time
+    import llm_pruner
     import torch
     from quality_text import Judge, Setting
 
     from nuteprune import load_pruned, prune
+    from nuteprune.gates.importance import METHODS as KNOWN
     from nuteprune.jobs.sources import load_model, load_tokenizer
     from nuteprune.stages.judge import judge_beside
 
+    KNOWN[llm_pruner.NAME] = llm_pruner.METHOD
     setting = Setting(model=row["model"], dtype="bfloat16", eval_blocks=12, choose=row["choose"])
     tokenizer = load_tokenizer(row["model"])
     specs, _ = setting.mixture()
