@@ -62,11 +62,10 @@ def do_row(row: Mapping[str, Any]) -> dict[str, Any]:
     from quality_text import Judge, Setting
 
     from nuteprune import load_pruned, prune
-    from nuteprune.gates.importance import METHODS as KNOWN
+    from nuteprune.gates import importance
     from nuteprune.jobs.sources import load_model, load_tokenizer
     from nuteprune.stages.judge import judge_beside
 
-    KNOWN[llm_pruner.NAME] = llm_pruner.METHOD
     setting = Setting(model=row["model"], dtype="bfloat16", eval_blocks=12, choose=row["choose"])
     tokenizer = load_tokenizer(row["model"])
     specs, _ = setting.mixture()
@@ -74,6 +73,10 @@ def do_row(row: Mapping[str, Any]) -> dict[str, Any]:
     dense = load_model(row["model"], torch.bfloat16)
     if row["method"] is None:
         return judge.figures(dense)
+    method = row["method"]
+    if method == llm_pruner.NAME:  # settings know the package's own methods alone
+        method = "taylor"
+        importance.METHODS[method] = llm_pruner.METHOD
     with TemporaryDirectory() as folder:
         began = time.monotonic()
         record = prune(
@@ -82,7 +85,7 @@ def do_row(row: Mapping[str, Any]) -> dict[str, Any]:
             sparsity=row["target"],
             out=folder,
             minutes=row["minutes"],
-            method=row["method"],
+            method=method,
             seed=row["seed"],
             quiet=True,
             overwrite=True,
