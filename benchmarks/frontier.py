@@ -182,19 +182,23 @@ def plot(
     for place, method in enumerate(methods):
         own = sorted((x for x in records if x["method"] == method), key=lambda x: x["minutes"])
         points = [(x["minutes"], figures_of(x, dense)["other"]) for x in own]
-        [line] = axes.plot(*zip(*points, strict=True), marker="o", markersize=9, linewidth=2.5)
-        name = "NutePrune" if method == METHODS[0] else f"scores of {method}"
-        for i, (x, y) in enumerate(points):
-            side = "right" if len(ticks) > 1 and x == ticks[-1] else "left"
+        name = "NutePrune" if method == METHODS[0] else f"units of {method}"
+        [line] = axes.plot(
+            *zip(*points, strict=True), marker="o", markersize=9, linewidth=2.5, label=name
+        )
+        for x, y in points if not place else ():
             axes.annotate(
-                f"{y:.2f}" if i else f"{name}: {y:.2f}",
+                f"{y:.2f}",
                 (x, y),
-                (0, -24 if not place else 11 if i else 18 * place - 7),  # names one above another
+                (0, -24),
                 textcoords="offset points",
-                ha=side,
+                ha="right" if len(ticks) > 1 and x == ticks[-1] else "left",
                 color=line.get_color(),
                 weight="bold",
             )
+    axes.legend(
+        frameon=False, fontsize=11, loc="lower right", bbox_to_anchor=(1, 0.09), labelspacing=0.25
+    )
     axes.axhline(1, color="0.3", linestyle=":", linewidth=2)
     axes.annotate("dense model: 1", (ticks[0], 1), (0, 8), textcoords="offset points")
     axes.set_xscale("log")
