@@ -949,7 +949,7 @@ def test_the_command(folder: Path, tmp_path: Path, run: Callable) -> None:
         ((folder, "--to", "gguf", "--out", out), "exists; pass --overwrite"),
         ((folder, "--to", "mlx", "--out", out), "--to mlx"),
         ((folder, "--to", "gguf", "--out", out, "--type", "q4_k"), "--type q4_k"),
-        ((folder, "--to", "onnx", "--out", out, "--pre-tokenizer", "llama"), "is for --to gguf"),
+        ((folder, "--to", "onnx", "--out", out, "--pre-tokenizer", "llama"), "--to gguf writes"),
         ((folder, "--to", "gguf", "--out", tmp_path), "is a folder"),
         ((folder, "--to", "gguf", "--out", folder / "config.json" / "x"), "cannot write"),
         ((tmp_path / "no", "--to", "gguf", "--out", tmp_path / "n.gguf"), "neither a folder"),
