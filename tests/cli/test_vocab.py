@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -333,6 +334,36 @@ def test_what_cannot_be_pruned_with_fewer_tokens_is_one_line_and_nothing_is_writ
         (tmp_path / "out" / "mine").write_text("the user's")
         assert run(*how, *words, "--overwrite")[0] == 2
         assert [x.name for x in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("keep", [KEEP, "auto"])
+def test_a_job_that_is_refused_after_the_cut_leaves_what_it_would_have_replaced(
+    keep: Any, model: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.MOST_COST", 1e9)
+    monkeypatch.setattr("nuteprune.jobs.fewer_tokens.STEPS", 16)
+    out = tmp_path / "out"
+    how = ["prune", model, "--data", text, "--steps", 0, *FEW, "--out", out]
+    json_of(run, *how, "--sparsity", 0.2, "--vocab", KEEP + 5)
+
+    def content() -> dict[Path, bytes]:
+        return {x: x.read_bytes() for x in out.rglob("*") if x.is_file()}
+
+    before = content()
+    again = [*how, "--vocab", keep, "--overwrite"]
+    with monkeypatch.context() as patch:
+        if keep == "auto":
+            target = ("--params", "9000M")
+        else:  # as too few minutes are, which cannot be told before
+            target = ("--sparsity", 0.3)
+            error = UserError("is too little time")
+            patch.setattr("nuteprune.jobs.prune.print_plan", Mock(side_effect=error))
+        code, _, err = run(*again, *target)
+        assert (code, "is no less than" in err or "is too little time" in err) == (2, True), err
+    assert content() == before
+    found = json_of(run, *again, "--sparsity", 0.3)
+    assert found["config"]["target_sparsity"] == 0.3
+    assert not [x for x in out.iterdir() if x.name.startswith(".")]
 
 
 def test_several_processes_do_not_cut_a_vocabulary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nuteprune.console import Output
@@ -12,7 +13,7 @@ from nuteprune.errors import UserError
 from nuteprune.export.record import read_record
 from nuteprune.files import remove
 from nuteprune.jobs import vocab
-from nuteprune.jobs.folder import is_stated
+from nuteprune.jobs.folder import is_stated, put_back, set_aside
 from nuteprune.jobs.job import AUTO, PruneJob, what_it_is
 from nuteprune.jobs.prune_run import make_run, trainer_config
 from nuteprune.jobs.show import print_tokens
@@ -25,6 +26,8 @@ from nuteprune.train.declared import check_same, declared, read_settings
 @contextmanager
 def fewer_tokens(job: PruneJob, scratch: Path, output: Output) -> Iterator[None]:
     """Cut the vocabulary of a job's model, unless that is done; a job that is refused leaves none.
+
+    What the job replaces is set aside until it begins: it may be refused after the cut.
 
     Args:
         job: the job, whose `dense` is written.
@@ -55,7 +58,9 @@ def fewer_tokens(job: PruneJob, scratch: Path, output: Output) -> Iterator[None]
                 make_run(trial, trainer_config(trial, scratch / RUN), bars)
         if job.resume:  # what is half written, or of other settings
             remove(folder)
-        record = vocab.cut(job, keep, folder, output)
+        replaces = job.overwrite and not job.resume
+        make_room = partial(set_aside, job.out) if replaces else None
+        record = vocab.cut(job, keep, folder, output, make_room)
     else:
         output.line("Resumed vocab: done before")
     assert record is not None
@@ -65,6 +70,7 @@ def fewer_tokens(job: PruneJob, scratch: Path, output: Output) -> Iterator[None]
     except UserError:
         if is_new and not (run / SETTINGS).is_file():
             remove(folder)
+            put_back(job.out)
         raise
 
 

@@ -25,6 +25,8 @@ from nuteprune.train.state import last_checkpoint
 
 _TARGET = re.compile(rf"({'|'.join(TARGETS)})\d[\w.+-]*")
 """Names of the folders of several targets, as `train.asked` spells them."""
+_ASIDE = ".old.removed"
+"""Where the old content of a folder waits until a job that replaces it has begun."""
 DEMOS = Path("nuteprune-demo")
 """Where a demo writes that is told nothing else."""
 
@@ -130,3 +132,29 @@ def clear(out: Path) -> None:
         if (out / RUN).exists():
             (out / RUN).replace(doomed)
     _remove(out, [path.name for path in out.iterdir()])
+
+
+def set_aside(out: Path) -> None:
+    """Move all that is in a folder to a hidden one within it, for `put_back` or `drop_aside`."""
+    with writing(out):
+        remove(out / _ASIDE)
+        paths = list(out.iterdir())
+        (out / _ASIDE).mkdir()
+        for path in paths:
+            path.replace(out / _ASIDE / path.name)
+
+
+def put_back(out: Path) -> None:
+    """Put what was set aside in place of a run that was refused."""
+    if not (out / _ASIDE).is_dir():
+        return
+    with writing(out):
+        remove(out / RUN)
+        for path in list((out / _ASIDE).iterdir()):
+            path.replace(out / path.name)
+        (out / _ASIDE).rmdir()
+
+
+def drop_aside(out: Path) -> None:
+    """Remove what was set aside, if anything was."""
+    _remove(out, [_ASIDE])

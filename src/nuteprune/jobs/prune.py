@@ -14,7 +14,7 @@ from typing import Any
 from nuteprune.console import Output, quiet_loading
 from nuteprune.files import write_json
 from nuteprune.jobs import guard
-from nuteprune.jobs.folder import clear, clear_result, is_stated, share_run
+from nuteprune.jobs.folder import clear, clear_result, drop_aside, is_stated, share_run
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.prune_run import OWN_TEXT_SUM, make_run, trainer_config
 from nuteprune.jobs.read_settings import check_target, make_job
@@ -187,8 +187,10 @@ def begin(job: PruneJob, run: Run) -> None:
         run.first.accelerator.wait_for_everyone()  # what is half written is of a killed run
         if is_main():
             clear_result(job.out, job.overwrite)
-    elif is_main() and job.overwrite and job.vocab is None:  # else it was cleared for that
+    elif is_main() and job.overwrite and job.vocab is None:
         clear(job.out)
+    elif is_main() and job.overwrite:  # the vocabulary was cut into it
+        drop_aside(job.out)
     if is_main():
         write_json(job.out / RUN / SETTINGS, run.first.settings())
     run.first.accelerator.wait_for_everyone()

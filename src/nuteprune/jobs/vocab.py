@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def run(job: Job, keep: int | str, output: Output) -> dict[str, Any]:
     with alone(job.out):
         check_out(job)
         check_whole(job.model)
-        record = cut(job, keep, job.out, output)
+        make_room = partial(clear, job.out) if job.overwrite else None
+        record = cut(job, keep, job.out, output, make_room)
     _print(job, record, output)
     return {"out": str(job.out), **record}
 
@@ -99,14 +101,21 @@ def check_whole(model: str) -> None:
         )
 
 
-def cut(job: Job, keep: int | str, folder: Path, output: Output) -> dict[str, Any]:
+def cut(
+    job: Job,
+    keep: int | str,
+    folder: Path,
+    output: Output,
+    make_room: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Count, choose, cut and write a checkpoint with fewer tokens; returns its record.
 
     Args:
-        job: model, data and output folder, which is cleared first if the job replaces it.
+        job: model and data.
         keep: tokens that are to stay, or `AUTO`.
         folder: where the checkpoint goes.
         output: prints.
+        make_room: called before the checkpoint is written.
 
     Raises:
         UserError: for anything that cannot work; nothing is written then.
@@ -118,8 +127,8 @@ def cut(job: Job, keep: int | str, folder: Path, output: Output) -> dict[str, An
         cutter, small, text = _chosen(job, keep, output)
     anatomy, kept = cutter.anatomy, len(small.kept)
     shape = anatomy.shape
-    if job.overwrite and not job.resume:
-        clear(job.out)
+    if make_room is not None:
+        make_room()
     return save(
         Sliced(small.model, shape),  # all layers stay whole
         folder,
