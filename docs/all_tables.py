@@ -59,7 +59,8 @@ configs: 512 tokens a block, batches of 4 x 4 blocks, 20 % removed in 80 steps, 
 
 - *Batch of 1* and *and checkpointing* add up. Each later column adds one setting to these two, by
   formula.
-- Sharded and few-bit models are judged and sliced in main memory.
+- `judge` holds the smaller model beside the dense one. Models in few bits are judged in main
+  memory; they and sharded ones are sliced there.
 - `score` may be too high: it still cuts all attention unit by unit. PFLOP is the work of all
   products as asked.
 - *Sent*: what each device sends to others for all of a stage, by the stages' own sums and by the

@@ -24,7 +24,7 @@ from nuteprune.gates import copying_losses
 from nuteprune.gates.importance import METHODS
 from nuteprune.jobs.job import PruneJob
 from nuteprune.jobs.plan import Devices, _with, config_of, run
-from nuteprune.jobs.planned import in_bits
+from nuteprune.jobs.planned import in_bits, offloaded, sharded
 from nuteprune.jobs.read_settings import make_job
 from nuteprune.model.lookup import WRAPPERS
 from nuteprune.plan.live import Live
@@ -676,6 +676,30 @@ def test_each_round_of_scoring_is_planned(tmp_path: Path, monkeypatch: pytest.Mo
     assert needs(0.7, stored=torch.bfloat16)["score"].peak == pytest.approx(1e9)  # they are mapped
 
 
+def test_the_smaller_model_is_judged_with_the_dense_one_on_its_device(tmp_path: Path) -> None:
+    def planned(target: Any, **more: Any) -> Plan:
+        args = settings(tmp_path, target_sparsity=target)
+        return Plan.of(config(), args, 24, torch.bfloat16, **more)
+
+    one, several = planned(0.2), planned([0.1, 0.2])
+    mapped = planned(0.2, stored=torch.bfloat16)
+    passed = one.walked(Walk.judge).peak
+    weights = one.sizes.weights
+    assert passed > weights
+    assert mapped.judge().need.peak == mapped.walked(Walk.judge).peak
+    assert one.judge().need.peak == passed + one.results[0]
+    # The run's own dense model waits for the second target.
+    assert several.judge().need.peak == passed + several.results[0] + weights
+    peaks = {"judge": one.judge().need.peak, "write": passed}
+    for saved in (sharded(one, peaks, 4), offloaded(one, peaks), in_bits(one, peaks, 8)):
+        assert saved["judge"] < peaks["judge"] - (passed - saved["write"])
+    assert sharded(one, peaks, 4)["judge"] - sharded(one, peaks, 4)["write"] == pytest.approx(
+        one.results[0] / 4
+    )
+    bits = in_bits(one, peaks, 8)
+    assert bits["judge"] == pytest.approx(bits["write"])  # judged in main memory
+
+
 def test_files_are_in_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
     def written_by(dtype: torch.dtype) -> dict[str, float]:
         args = settings(tmp_path, target_sparsity=[0.1, 0.2])
@@ -688,7 +712,7 @@ def test_files_are_in_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
 
 def test_four_bits_have_scales(tmp_path: Path) -> None:
     run = Plan.of(config(), settings(tmp_path), 24, torch.bfloat16)
-    saved = {bits: -in_bits(run, {"judge": 0.0}, bits)["judge"] for bits in (8, 4)}
+    saved = {bits: -in_bits(run, {"write": 0.0}, bits)["write"] for bits in (8, 4)}
     assert saved[8] == run.sizes.projections / 2
     assert saved[4] == run.sizes.projections * (1 - 4.5 / 16)
 

@@ -257,7 +257,7 @@ def sharded(plan: Plan, peaks: Mapping[str, float], count: int) -> dict[str, flo
     sizes = plan.sizes
     gathered = 2 * sizes.layer + sizes.outside
     saved = sizes.weights - sizes.weights / count - gathered
-    return _without(plan, peaks, saved, plan.refitted / count)
+    return _without(plan, peaks, saved, plan.refitted / count, sum(plan.beside) / count)
 
 
 def in_bits(plan: Plan, peaks: Mapping[str, float], bits: int) -> dict[str, float]:
@@ -270,13 +270,22 @@ def offloaded(plan: Plan, peaks: Mapping[str, float]) -> dict[str, float]:
     """Return peaks of phases on a device that has one layer at a time."""
     sizes = plan.sizes
     # Room of two: refitted weights are beside the teacher's.
-    return _without(plan, peaks, sizes.weights - sizes.outside - 2 * sizes.layer)
+    there = sizes.outside + 2 * sizes.layer
+    beside = there * len(plan.beside)
+    return _without(plan, peaks, sizes.weights - there, beside=beside)
 
 
 def _without(
-    plan: Plan, peaks: Mapping[str, float], saved: float, refitted: float = 0
+    plan: Plan,
+    peaks: Mapping[str, float],
+    saved: float,
+    refitted: float = 0,
+    beside: float = 0,
 ) -> dict[str, float]:
-    """Return peaks of phases without what is saved; of refitted weights, some bytes may stay."""
+    """Return peaks of phases without what is saved.
+
+    Of refitted weights, and of models beside the one that is judged, some bytes may stay.
+    """
     stages = ("refit", "teach", *["score"][: plan.stops])
-    own = dict.fromkeys(stages, plan.refitted - refitted)
+    own = dict.fromkeys(stages, plan.refitted - refitted) | {"judge": sum(plan.beside) - beside}
     return {k: v - saved - own.get(k, 0) for k, v in peaks.items()}

@@ -163,7 +163,7 @@ class Plan:
         for name in SETTINGS:
             setattr(args, name, None)
         args.costs = None
-        if asked in ("speedup", "shape"):  # which may bring kinds of their own
+        if asked == "speedup" or self.args.shape is not None:  # which may bring kinds of their own
             args.gates = ",".join(self.allocator.constraints.kinds)
         with torch.device("meta"):
             anatomy = Anatomy(model_of(config, self.dtype))
@@ -204,6 +204,14 @@ class Plan:
         """Bytes of the model of each target, in the dtype of the run; the smallest last."""
         return [self.sizes.weights - x * self.sizes.projections for x in self.targets]
 
+    @property
+    def beside(self) -> list[float]:
+        """Bytes of the models on a device beside the one that is judged; CPUs map the dense one."""
+        if self.stored is not None:
+            return []
+        several = len(self.targets) > 1  # the run's own waits for the next target
+        return [self.results[0], *[self.sizes.weights] * several]
+
     @cached_property
     def _judged(self) -> Need:
         return self.walked(Walk.judge)
@@ -227,11 +235,9 @@ class Plan:
     def judge(self) -> Phase:
         """Return the phase of judging."""
         batches = (self.judged or JUDGED) / JUDGED
-        several = self.judged is not None and len(self.targets) > 1 and self.stored is None
         if self.judged is not None:
             batches *= 1 + sum(self.results) / self.sizes.weights
-        need = self._judged.held(self.results[0] * several)  # beside the dense one
-        return Phase("judge", need.times(batches))
+        return Phase("judge", self._judged.held(sum(self.beside)).times(batches))
 
     def score(self) -> list[Phase]:
         """Return the phase of scoring, if there is one."""
