@@ -75,6 +75,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such dense model": (["--against", "./nope"], "nope"),
     "beyond the positions": (["--lengths", "63", "--new-tokens", "2"], "64 positions"),
     "unknown dtype": (["--dtype", "float99"], "float99"),
+    "costs beyond the positions": (
+        ["--save-costs", "costs.json", "--lengths", "63,8", "--new-tokens", "2"],
+        "64 positions",
+    ),
     "costs beside another": (["--save-costs", "costs.json", "--against", "demo"], "of MODEL alone"),
     "no file of costs": (["--save-costs", ""], "is a folder; name the file to write"),
 }

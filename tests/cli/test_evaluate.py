@@ -267,6 +267,10 @@ BAD = {
     ),
     "limit without tasks": (["--limit", "3"], "--tasks"),
     "text for tasks alone": (["--tasks", "piqa", "--length", "512"], "--length is for text"),
+    "answers for tasks alone": (
+        ["--tasks", "piqa", "--against", "demo", "--answer-tokens", "9"],
+        "--answer-tokens is for text",
+    ),
     "unknown option": (["--set", "lora_rank=3"], "No such option"),
     "no number": (["--length", "many"], "--length"),
 }

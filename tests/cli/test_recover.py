@@ -260,6 +260,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such model": (["MODEL", "./nope"], "nope"),
     "unknown dtype": (["--dtype", "float99"], "float99"),
     "unknown template": (["--template", "vicuna"], "auto, chat, alpaca"),
+    "template of text": (["--template", "alpaca"], "is plain text, which has no template"),
 }
 
 

@@ -255,7 +255,12 @@ def test_a_large_head_takes_its_time_in_steps_and_not_in_the_refit(
 
 
 @pytest.mark.parametrize(
-    ("more", "why"), [(("--steps", 5), "pass one of them"), (("--set", "progressive=true"), "ramp")]
+    ("more", "why"),
+    [
+        (("--steps", 5), "pass one of them"),
+        (("--set", "progressive=true"), "ramp"),
+        (("--set", "text_blocks=40"), "or leave text_blocks out"),
+    ],
 )
 def test_two_words_on_how_long_contradict(pruned: Any, more: tuple[Any, ...], why: str) -> None:
     code, said, _ = pruned("out", "--minutes", 5, *more)

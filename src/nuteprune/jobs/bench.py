@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,9 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
         path = at_home(asked.save_costs)
         reads = [("model", model), ("entry", asked.family)]
         check_file("--save-costs", path, reads, asked.overwrite, "costs.json")
+        _check_positions([model], settings[:1])
         return _costs(model, path, settings[0], how, output)
-    longest = max(x.length + x.new_tokens for x in settings)
-    for name in names:
-        what = f"a prompt of {name} with its new tokens"
-        check_positions(longest, load_config(locate(name)), what)
+    _check_positions(names, settings)
     with output.bars() as bars:
         found = measure(names, settings, asked.repeats, how, bars)
     found["against"] = against  # a model may be its own dense one
@@ -64,6 +63,13 @@ def run(asked: Benchmark, output: Output) -> dict[str, Any]:
         write_speed(target / SPEED, found)
         output.line(f"Written to {target / SPEED}")
     return found
+
+
+def _check_positions(names: Sequence[str], settings: Sequence[Workload]) -> None:
+    longest = max(x.length + x.new_tokens for x in settings)
+    for name in names:
+        what = f"a prompt of {name} with its new tokens"
+        check_positions(longest, load_config(locate(name)), what)
 
 
 def _costs(

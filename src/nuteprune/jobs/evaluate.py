@@ -116,7 +116,8 @@ def _check(asked: Evaluation) -> None:
         if getattr(asked, name) is not None and asked.tasks is None:
             raise UserError(f"{_option(name)} is for tasks; name some with --tasks")
     no_text = asked.tasks is not None and not (asked.data or asked.protocol)
-    for name in (*asked.changes, "whole", "text_column"):
+    answers = () if asked.prompts else ("answer_tokens",)  # else beginnings of the text
+    for name in (*asked.changes, "whole", "text_column", *answers):
         if getattr(asked, name) not in (None, False) and no_text:
             raise UserError(
                 f"{_option(name)} is for text, and with --tasks none is read unless --data is"

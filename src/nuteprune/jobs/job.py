@@ -267,7 +267,7 @@ class VocabJob(Job):
         data: text that tells which tokens stay.
     """
 
-    NOT_HERE: ClassVar = ("eval_data", "device", "dtype", "resume")
+    NOT_HERE: ClassVar = ("eval_data", "eval_blocks", "device", "dtype", "resume")
     """Settings of other jobs that it has no use for."""
 
     data: list[str] | str = option(

@@ -128,6 +128,11 @@ def _asked(job: PruneJob) -> float:
     assert job.minutes is not None
     if "max_steps" in job.settings:
         raise UserError("--minutes and --steps both say how long to train; pass one of them")
+    if "text_blocks" in job.settings:
+        raise UserError(
+            "--minutes decides how much text there is, and so does --set text_blocks: pass --steps "
+            "in place of --minutes, or leave text_blocks out"
+        )
     if job.settings.get("progressive"):
         raise UserError("a ramp has its steps in its recipe: pass --steps in place of --minutes")
     return seconds_of(job.minutes)

@@ -27,7 +27,16 @@ from nuteprune.export.record import weights_size, write_again
 from nuteprune.jobs import sources
 from nuteprune.jobs.folder import clear, clear_result, goes_on
 from nuteprune.jobs.guard import alone, check_out, nothing_left
-from nuteprune.jobs.job import EPOCHS, INSTRUCTIONS, RATES, STEPS, TEXT, RecoverJob, what_it_is
+from nuteprune.jobs.job import (
+    EPOCHS,
+    INSTRUCTIONS,
+    RATES,
+    STEPS,
+    TEMPLATES,
+    TEXT,
+    RecoverJob,
+    what_it_is,
+)
 from nuteprune.jobs.read_settings import make_job, settings_of_user
 from nuteprune.jobs.recover_text import check_room, judged_text, training_text
 from nuteprune.jobs.show import StepProgress
@@ -99,6 +108,8 @@ def _run(job: RecoverJob, output: Output) -> dict[str, Any] | None:
     kind = INSTRUCTIONS if holds_instructions(job.text, job.text_column) else TEXT
     if kind == TEXT and job.epochs is not None:
         raise UserError(f"{job.text} is plain text, which has no epochs; pass --steps")
+    if kind == TEXT and job.template != TEMPLATES[0]:
+        raise UserError(f"{job.text} is plain text, which has no template; leave --template out")
     model, autocast = _load(job)
     config = _config(job, kind, **autocast)
     training = training_text(job, kind, config, tokenizer, model)
