@@ -79,6 +79,7 @@ class Run:
     def __post_init__(self) -> None:
         lora = self.model.bank.state() if len(self.targets) > 1 else {}
         self._dense: PreTrainedModel | None = None
+        self._figures: Figures | None = None
         self._fresh = {name: value.cpu().clone() for name, value in lora.items()}
 
     @property
@@ -182,8 +183,8 @@ class Run:
         computed = self.model.origin.computed_dtype
         if self._dense is None:  # only now: a run with one target has used its own up
             self._dense = self._placed(self.reload(computed))
-        if dense is None:
-            dense = self._judge_dense(self._dense)
+        if dense is None:  # packed: its figures serve all targets
+            dense = self._figures = self._figures or self._judge_dense(self._dense)
         with self.products.measured("judge"):
             small = self._smaller(sliced.model)
             found = judge(small, name="the pruned model", **self._judged_by)

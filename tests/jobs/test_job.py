@@ -15,14 +15,16 @@ from nuteprune.data.specs import DEMO
 from nuteprune.errors import UserError
 from nuteprune.export.gguf.write import FILE_TYPES
 from nuteprune.gates.importance import METHODS
+from nuteprune.jobs.fewer_tokens import MOST_COST
 from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob, what_it_is
-from nuteprune.jobs.options import TYPES
+from nuteprune.jobs.options import TYPES, Evaluation
 from nuteprune.jobs.prune_run import mixture, recorded
 from nuteprune.jobs.read_settings import make_job
+from nuteprune.judge.answers import TOKENS
 from nuteprune.progressive.config import GATE_TYPES, OBJECTIVES
 from nuteprune.progressive.settings import ProgressiveSettings
 from nuteprune.run_folder import SELF
-from nuteprune.train.config import NutePruneConfig
+from nuteprune.train.config import REFIT_BLOCKS, NutePruneConfig
 from nuteprune.train.declared import declared
 from nuteprune.train.settings import PruneSettings
 
@@ -123,6 +125,12 @@ def test_names_that_help_tells_are_those_of_what_does_the_work() -> None:
     assert paper["gate_type"].choices == tuple(GATE_TYPES)
     assert paper["objective"].choices == tuple(OBJECTIVES)
     assert TYPES["gguf"] == tuple(FILE_TYPES)
+    for kind, name, number in (
+        (PruneSettings, "calibration_blocks", f" {REFIT_BLOCKS:g} times"),
+        (Evaluation, "answer_tokens", f"default {TOKENS})"),
+        (PruneJob, "vocab", f" {100 * MOST_COST:g} %"),
+    ):
+        assert number in declared(kind)[name].help
 
 
 @pytest.mark.parametrize("word", ["for", "sed", "stepz", "lenght"])

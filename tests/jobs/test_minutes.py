@@ -165,6 +165,21 @@ def test_later_targets_are_not_charged_twice_for_judging(
     assert before(run, second) == int((600 - (10 + beside)) / 4)
 
 
+def test_time_is_left_to_judge_a_dense_model_in_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is judged beside the first result, so nothing was measured before the steps."""
+    monkeypatch.setattr(minutes, "step_times", lambda *_, **__: StepTimes(4.0))
+    monkeypatch.setattr(minutes.time, "monotonic", lambda: 0.0)
+    products = SimpleNamespace(costs={})
+    targets = ["small", "smaller"]
+    run = SimpleNamespace(targets=targets, products=products, held_out={"text": range(100)})
+    first = SimpleNamespace(target="small", args=SimpleNamespace(sequences_per_step=4))
+    job: Any = SimpleNamespace(minutes=10, settings={}, started=0.0, resume=False, after=0)
+    monkeypatch.setattr(minutes, "is_stated", lambda _: False)
+    before: Any = minutes.steps_in_time_of(job)
+    judging = 3 * 100 * minutes.JUDGE + 2 * minutes.BESIDE
+    assert before(run, first) == int((600 - judging) / 2 / 4)
+
+
 def test_own_answers_are_written_as_a_whole() -> None:
     taught = StepTimes(2.0, answers=10.0)
     assert taught.of(16) == 16 * 2 + 2 * WITHOUT_TEACHER * 2 + 10

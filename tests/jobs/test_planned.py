@@ -190,6 +190,9 @@ def test_what_cannot_be_planned_is_reckoned_by_steps(
     dry = found(tiny_model("mixtral"), tmp_path)
     assert "phases" not in dry
     assert dry["seconds"] > 3 * dry["seconds_per_step"]
+    dry = found(tiny_model("mixtral"), tmp_path, output=Output(), max_steps=0)
+    assert dry["seconds"] is None
+    assert "Cost    not known: no step was run" in capsys.readouterr().out
 
 
 def test_what_is_reckoned_counts_rounds_and_re_fits(

@@ -17,7 +17,7 @@ from nuteprune.errors import UserError
 from nuteprune.files import at_home, data_files
 from nuteprune.jobs.folder import DEMOS, demo_folder
 from nuteprune.jobs.guard import check_file, check_free, check_writable
-from nuteprune.jobs.job import PruneJob, RecoverJob, VocabJob
+from nuteprune.jobs.job import AUTO_MEANS, PruneJob, RecoverJob, VocabJob
 from nuteprune.jobs.options import Benchmark, Evaluation, Exporting, Writing
 from nuteprune.jobs.read_settings import check_target, make_job
 from nuteprune.train.asked import value_of
@@ -232,11 +232,7 @@ def vocab(
     model: o.Model,
     out: o.Out,
     keep: Annotated[
-        str,
-        typer.Option(
-            help="Number of tokens to keep, such as 16384, or 'auto': the fewest that cost at most "
-            "1 % on held-out DATA."
-        ),
+        str, typer.Option(help=f"Number of tokens to keep, such as 16384, {AUTO_MEANS}")
     ],
     **given: Any,
 ) -> o.Work:

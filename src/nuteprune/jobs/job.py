@@ -21,6 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 BITS = (8, 4)
 AUTO = "auto"
 """In place of a number of tokens: the fewest that cost little."""
+AUTO_MEANS = f"or '{AUTO}': the fewest that cost at most 1 % on held-out DATA."
+"""The end of help on the number of tokens that are to stay."""
 TEMPLATES = ("auto", "chat", "alpaca")
 """How rows of instruction, input and output become text; `auto`: `chat` if the model has one."""
 INSTRUCTIONS, TEXT = "instructions", "text"
@@ -139,7 +141,7 @@ class PruneJob(Job):
     )
     vocab: int | str | None = option(
         "Number of tokens that the vocabulary is cut to first, as nuteprune vocab does, such as "
-        "16384, or 'auto': the fewest that cost at most 1 % on held-out DATA."
+        f"16384, {AUTO_MEANS}"
     )
     minutes: float | str | None = option(
         "Time for the whole run, instead of --steps: minutes, or 90s or 2h. The run divides it "

@@ -259,8 +259,11 @@ def steps_in_time_of(job: PruneJob) -> Callable[[Run, NutePruneTrainer], int]:
         # So far the dense model was judged, and each result before this one, beside it.
         judged = run.products.costs.get("judge", {}).get("seconds", 0.0)
         done = len(run.targets) - left
-        dense = max(0.0, judged - BESIDE * block * done) / (1 + done)
-        judging = (dense + BESIDE * block) * left + job.after * block
+        each = max(0.0, judged - BESIDE * block * done) / (1 + done)
+        texts = left
+        if not judged:  # weights in few bits: the dense model is judged beside the first result
+            each, texts = JUDGE * block * sum(map(len, run.held_out.values())), left + 1
+        judging = each * texts + (BESIDE * left + job.after) * block
         return max(FEWEST, taught.within((end - time.monotonic() - judging) / left))
 
     return steps_in_time

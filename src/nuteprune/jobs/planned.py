@@ -55,12 +55,14 @@ def print_dry_run(job: PruneJob, run: Run, output: Output) -> dict[str, Any]:
         print_phases(taken["phases"], where, output)
     except Unplanned as error:
         output.line(f"Note    {error}")
-        taken = {"seconds": _reckoned(run, writing, step)}
-    said = f"{duration(taken['seconds'])} in all, "
+        taken = {"seconds": None if step is None else _reckoned(run, writing, step)}
+    seconds = taken["seconds"]
+    said = "not known" if seconds is None else f"{duration(seconds)} in all"
     if step is None or memory is None:
-        said += "at the rate of products alone: no step was run"
+        said += ", by the rate of products alone" if "phases" in taken else ""
+        said += ": no step was run"
     else:
-        said += "by the rate of that step" if "phases" in taken else "the rest as so many steps"
+        said += ", by the rate of that step" if "phases" in taken else ", the rest as so many steps"
         one = f"{step:.1f} s a step and {megabytes(memory)} of memory in it, by doing one"
         said = f"{one}; {said}"
     output.line(f"Cost    {said}")
@@ -157,7 +159,7 @@ def _peaks(job: PruneJob, run: Run, plan: Plan, phases: Sequence[Phase]) -> dict
     return peaks | (offloaded(plan, inside) if run.args.offload else {})
 
 
-def _reckoned(run: Run, writing: float, step: float | None) -> float:
+def _reckoned(run: Run, writing: float, step: float) -> float:
     """Return about how long a run takes that cannot be planned."""
     args = run.args
     rounds = args.tried and run.model.can_try_cuts
@@ -166,7 +168,7 @@ def _reckoned(run: Run, writing: float, step: float | None) -> float:
     refits = stops + len(run.targets)
     blocks = args.scored_blocks * (1 + stops) + args.refit_blocks * refits
     each = args.train_batch_size * args.gradient_accumulation_steps
-    return writing + (step or 0.0) * (args.max_steps * len(run.targets) + blocks / each)
+    return writing + step * (args.max_steps * len(run.targets) + blocks / each)
 
 
 @dataclass(frozen=True)
