@@ -6,16 +6,20 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from nuteprune.stages.judge import judge
 from tests.conftest import Run
 
 
 @pytest.mark.slow
 def test_the_command_line_packs_resumes_and_tells(
-    run: Run, tiny_model, tiny_tokenizer, tmp_path: Path
+    run: Run, tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    judging = Mock(wraps=judge)
+    monkeypatch.setattr("nuteprune.run.judge", judging)
     # Multiples of 64 inputs in each projection.
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
     tiny_model("llama", vocab_size=300, **sizes).save_pretrained(tmp_path / "model")
@@ -35,6 +39,9 @@ def test_the_command_line_packs_resumes_and_tells(
     for name, bits in (("whole", ()), ("packed", ("--bits", "4")), ("cut off", ("--bits", "4"))):
         code, out, err = run(*command, tmp_path / name, *bits)
         assert code == 0, err
+        judged = [call.kwargs["name"] for call in judging.call_args_list]
+        assert judged == ["the dense model", *["the pruned model"] * 2]
+        judging.reset_mock()
         assert ("projections held in 4 bits" in out) == bool(bits)
     # The whole model's text is of the packed one too.
     written = ["--own-text", tmp_path / "whole/run/self.jsonl", "--dry-run"]
